@@ -1,0 +1,184 @@
+"""Builds diffusers' `WanPipeline` around a checkpoint: its transformer(s) by `wan_runtime.load`, the rest from a base.
+
+A quantised checkpoint is one file with the transformer alone. The text encoder, VAE, tokenizer and scheduler come from
+a base: a diffusers directory or hub id. The parts are put together by hand, each in the dtype that it needs (the VAE
+always in fp32), and checked against each other before anything is generated.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan_runtime.errors import InvalidOption
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import WanPipeline
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+A14B_BOUNDARY = 0.875  # where Wan2.2 T2V-A14B hands over to its low-noise expert, as published
+
+
+def tiny_base() -> Path:
+    """The bundled tiny pipeline, a diffusers directory."""
+    from wan_runtime import tiny
+
+    return Path(tiny.path())
+
+
+def tiny_checkpoint() -> Path:
+    """The bundled tiny model's transformer, bf16 under diffusers names."""
+    return tiny_base() / "transformer" / WEIGHTS
+
+
+def load_pipeline(
+    checkpoint: Path | str | None = None,
+    *,
+    checkpoint_low: Path | str | None = None,
+    base: Path | str | None = None,
+    text_encoder: Path | str | None = None,
+    vae: Path | str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **patch_options: Any,
+) -> WanPipeline:
+    """A text-to-video pipeline around `checkpoint`, ready to generate.
+
+    checkpoint      the transformer's file, of any dialect; None is the bundled tiny model
+    checkpoint_low  the low-noise expert of a two-expert model (Wan2.2 A14B); `checkpoint` is then the high-noise one
+    base            a diffusers directory or hub id for everything but the transformers; may be left out only for the
+                    tiny model
+    text_encoder, vae   diffusers directories that replace the base's part
+    device, dtype   default: the GPU in bf16 where there is one, else the CPU in fp32 (bf16 is five times slower there)
+
+    `patch_options` go to `wan_runtime.load`. Raises InvalidOption for parts that do not fit each other, and what
+    `load` raises for the file.
+    """
+    import torch
+
+    from wan_runtime.api import load
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    checkpoint = checkpoint or tiny_checkpoint()
+    for name, part in (("--text-encoder", text_encoder), ("--vae", vae)):
+        _check_directory(name, part)
+    options = {"device": device, "dtype": dtype, **patch_options}
+    transformer = load(checkpoint, **options)
+    base = str(base or _base_of(transformer, checkpoint))
+    index = _pipeline_config(base)
+    boundary = _boundary(index, base, checkpoint_low is not None)
+    low = load(checkpoint_low, **options) if checkpoint_low else None
+    pipe = _assemble(base, text_encoder, vae, device, dtype, {
+        "transformer": transformer,
+        "transformer_2": low,
+        "boundary_ratio": boundary,
+        "expand_timesteps": bool(index.get("expand_timesteps", False)),
+    })  # fmt: skip
+    _check_fit(pipe, base)
+    return pipe
+
+
+def _assemble(
+    base: str,
+    text_encoder: Path | str | None,
+    vae: Path | str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    parts: dict[str, Any],
+) -> WanPipeline:
+    import diffusers
+    import torch
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    def part(cls: Any, folder: str, given: Path | str | None = None, **options: Any) -> Any:
+        where = (str(given), {}) if given else (base, {"subfolder": folder})
+        try:
+            return cls.from_pretrained(where[0], **where[1], **options)
+        except (OSError, ValueError) as error:
+            raise InvalidOption(f"No {folder} could be read from {where[0]!r}: {error}") from error
+
+    scheduler_class = diffusers.SchedulerMixin.load_config(base, subfolder="scheduler")["_class_name"]
+    encoder = part(UMT5EncoderModel, "text_encoder", text_encoder, dtype=dtype, use_safetensors=True)
+    decoder = part(diffusers.AutoencoderKLWan, "vae", vae, use_safetensors=True)
+    pipe = diffusers.WanPipeline(
+        tokenizer=part(AutoTokenizer, "tokenizer"),
+        text_encoder=encoder.to(device).eval(),
+        vae=decoder.to(device, torch.float32).eval(),
+        scheduler=part(getattr(diffusers, scheduler_class), "scheduler"),
+        **parts,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _check_directory(option: str, part: Path | str | None) -> None:
+    if part is not None and Path(part).is_file():
+        raise InvalidOption(
+            f"{option} {part} is a single file, which is not read yet. Give a diffusers directory of that part, or a "
+            "--base that holds it."
+        )
+    if part is not None and not Path(part).is_dir():
+        raise InvalidOption(f"{option} {part} is not there. Give a diffusers directory of that part.")
+
+
+def _base_of(transformer: Any, checkpoint: Path | str) -> Path:
+    """The bundled base, if the checkpoint is of the tiny model; every other needs its own."""
+    tiny = json.loads((tiny_base() / "transformer" / "config.json").read_text())
+    sizes = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim")
+    if all(transformer.config[name] == tiny[name] for name in sizes):
+        return tiny_base()
+    raise InvalidOption(
+        f"{checkpoint} holds the transformer alone ({transformer.config.num_layers} layers, text width "
+        f"{transformer.config.text_dim}). Name the diffusers directory or hub id that has its text encoder, VAE, "
+        "tokenizer and scheduler with --base, such as --base Wan-AI/Wan2.1-T2V-14B-Diffusers."
+    )
+
+
+def _pipeline_config(base: str) -> dict[str, Any]:
+    from diffusers import DiffusionPipeline
+
+    try:
+        index: dict[str, Any] = DiffusionPipeline.load_config(base)
+    except (OSError, ValueError) as error:
+        raise InvalidOption(
+            f"--base {base} is not a diffusers directory (with a model_index.json) nor a hub id that can be reached: "
+            f"{error}"
+        ) from error
+    if index.get("_class_name") != "WanPipeline":
+        raise InvalidOption(
+            f"--base {base} is a {index.get('_class_name')}; this serves text-to-video, a WanPipeline."
+        )
+    return index
+
+
+def _boundary(index: dict[str, Any], base: str, two_experts: bool) -> float | None:
+    boundary = index.get("boundary_ratio")
+    if boundary is None:
+        return A14B_BOUNDARY if two_experts else None
+    if not two_experts:
+        raise InvalidOption(
+            f"--base {base} is of a model with two experts (boundary_ratio {boundary}), and one checkpoint was given. "
+            "Give the high-noise file as --checkpoint and the low-noise file as --checkpoint-low."
+        )
+    return float(boundary)
+
+
+def _check_fit(pipe: WanPipeline, base: str) -> None:
+    """The parts' widths must agree: where they do not, diffusers fails in the middle of a clip, or draws noise."""
+    for name in ("transformer", "transformer_2"):
+        model = getattr(pipe, name)
+        if model is None:
+            continue
+        pairs = {
+            "text width": (model.config.text_dim, pipe.text_encoder.config.d_model),
+            "latent channels in": (model.config.in_channels, pipe.vae.config.z_dim),
+            "latent channels out": (model.config.out_channels, pipe.vae.config.z_dim),
+        }
+        wrong = [f"{what} {has}, base {wants}" for what, (has, wants) in pairs.items() if has != wants]
+        if wrong:
+            hint = " An image-to-video checkpoint has more channels in than out; this serves text-to-video only."
+            image = hint if model.config.in_channels > model.config.out_channels else ""
+            raise InvalidOption(f"The {name} does not fit --base {base}: {'; '.join(wrong)}.{image}")
