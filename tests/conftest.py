@@ -1,0 +1,40 @@
+"""What every test file shares: hardware markers that skip with their reason, and where the repository is."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout's root folder."""
+    return ROOT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker, missing in MISSING.items():
+            if missing and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=missing))
+
+
+def _missing_hardware() -> dict[str, str | None]:
+    """Why the tests of each hardware marker cannot run here; None where they can."""
+    if not torch.cuda.is_available():
+        return dict.fromkeys(("gpu", "te", "sm100"), "no CUDA device")
+    te = importlib.util.find_spec("transformer_engine")
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "gpu": None,
+        "te": None if te else "transformer_engine is not installed",
+        "sm100": None if major >= 10 else f"compute capability {major}.{minor} has no FP4 tensor cores",
+    }
+
+
+MISSING = _missing_hardware()
