@@ -1,0 +1,52 @@
+"""Quantised WAN video models, right or refused. `import wan_runtime; wan_runtime.patch(model)`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wan_runtime.api import inspect, load, patch, unpatch
+    from wan_runtime.comparing import compare
+    from wan_runtime.converting import convert
+    from wan_runtime.generating import ClipRequest, generate
+    from wan_runtime.pipelines import load_pipeline
+    from wan_runtime.video import write_video
+
+# Looked up on first use, so that importing one layer loads no higher one, and the package costs nothing until used.
+_HOME = {
+    "patch": "api",
+    "load": "api",
+    "unpatch": "api",
+    "inspect": "api",
+    "compare": "comparing",
+    "convert": "converting",
+    "ClipRequest": "generating",
+    "generate": "generating",
+    "load_pipeline": "pipelines",
+    "write_video": "video",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "ClipRequest",
+    "compare",
+    "convert",
+    "generate",
+    "inspect",
+    "load",
+    "load_pipeline",
+    "patch",
+    "unpatch",
+    "write_video",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'wan_runtime' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"wan_runtime.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted((*globals(), *_HOME))

@@ -1,0 +1,318 @@
+"""The public functions on models: patch, load, unpatch, inspect. Thin: each puts the pages below together."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wan_runtime.checkpoint import Checkpoint, open_checkpoint, stream
+from wan_runtime.errors import (
+    BackendUnavailable,
+    BadTensor,
+    InvalidOption,
+    NothingToPatch,
+    UnaccountedTensors,
+)
+from wan_runtime.inspecting import Inspection, inspect_checkpoint
+from wan_runtime.names import SPELLINGS, from_original
+from wan_runtime.patches import HOSTS, Host, host_of
+from wan_runtime.plan import Decision, Options, plan, tree_of
+from wan_runtime.progress import watched
+from wan_runtime.report import Report
+from wan_runtime.swap import (
+    Patched,
+    bytes_of,
+    execute,
+    patched_state,
+    refuse_unswappable,
+    remember,
+    stage,
+    undo,
+    verify_residents,
+)
+
+
+def patch(
+    model: nn.Module,
+    checkpoint: Path | str | None = None,
+    *,
+    weights: str = "auto",
+    compute: str = "auto",
+    backend: str = "auto",
+    attention: str = "auto",
+    fuse: bool = True,
+    skip: tuple[str, ...] = (),
+    dialect: str | None = None,
+    reference: Path | str | None = None,
+    activation: str = "dynamic",
+) -> Report:
+    """Replace a WAN model's Linears with quantised ones and keep its norms, biases and modulation fp32, in place.
+
+    Args:
+        model: a WAN transformer (not the pipeline), on any device; on meta when a checkpoint is given.
+        checkpoint: a quantised or plain .safetensors file to load into the model; None quantises what it holds.
+        weights: "auto" (what the file holds; fp8 without a file), "fp8", "nvfp4", ..., or "keep".
+        compute: "auto", "fp8", "bf16" (dequantise, then multiply), "fp32" (the reference).
+        backend: "auto", "torch" or "reference".
+        attention: "auto" leaves the host's attention.
+        fuse: use the fused block forward where there is one.
+        skip: patterns of module paths (either spelling, `*` as in a shell) that stay unquantised.
+        dialect: the file's producer, where its marks do not say.
+        reference: the bf16 file the checkpoint was made from; settles a file that several dialects fit.
+        activation: "dynamic" (one scale a token) or "static" (the file's input_scale).
+
+    Returns a Report. A model patched before is left alone, and the report says so.
+    Raises CheckpointError, BackendUnavailable, HostNotRecognised, NothingToPatch, InvalidOption; the model is then as
+    it was.
+    """
+    _refuse_unserved(attention)
+    options = Options(weights, compute, backend, tuple(skip), activation)
+    before = patched_state(model)
+    if before is not None:
+        assert isinstance(before.report, Report)
+        if checkpoint is not None and str(checkpoint) != before.report.checkpoint:
+            raise InvalidOption(
+                f"the model is patched already (with {before.report.checkpoint or 'its own weights'}); call "
+                "wan_runtime.unpatch(model) before loading another checkpoint."
+            )
+        return dataclasses.replace(before.report, already=True)
+    opened = None if checkpoint is None else open_checkpoint(checkpoint, dialect=dialect, reference=reference)
+    return _patch(model, host_of(model), opened, options, _compute_dtype(model), fuse)
+
+
+def load(
+    checkpoint: Path | str,
+    *,
+    host: str = "diffusers",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    **patch_options: Any,
+) -> Any:
+    """Build the model that a checkpoint's shapes describe, and load the checkpoint into it.
+
+    Args:
+        checkpoint: the .safetensors file.
+        host: whose model class to build: "diffusers" gives a WanTransformer3DModel.
+        device: where to load; None is the GPU when there is one, else the CPU.
+        dtype: the compute dtype (`model.dtype`); float32 is the faster one on a CPU.
+        patch_options: as for `patch`.
+
+    Returns the patched model in eval mode. Raises as `patch` does.
+    """
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _refuse_unserved(patch_options.pop("attention", "auto"))
+    fuse = patch_options.pop("fuse", True)
+    named = {name: patch_options.pop(name, None) for name in ("dialect", "reference")}
+    options = Options(**{**patch_options, "skip": tuple(patch_options.get("skip", ()))})
+    builder = _builder(host)
+    opened = open_checkpoint(checkpoint, **named)
+    assert builder.build is not None
+    model = builder.build(opened.variant)
+    for (
+        parameter
+    ) in model.parameters():  # on meta; the host's own .to(dtype) would warn about its fp32 modules
+        parameter.data = parameter.data.to(dtype)
+    _patch(model, builder, opened, options, dtype, fuse, device=target)
+    return model.to(target)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Put the model's module tree back as it was; weights that exist only quantised come back dequantised."""
+    undo(model)
+
+
+def inspect(path: Path | str, *, dialect: str | None = None) -> Inspection:
+    """What a checkpoint file is, from its header and small markers alone: no weights are read, no device is touched."""
+    return inspect_checkpoint(path, dialect)
+
+
+def _builder(name: str) -> Host:
+    able = {HOSTS[h].spelling: HOSTS[h] for h in HOSTS if HOSTS[h].build is not None}
+    if name not in able:
+        raise InvalidOption(f"host={name!r}: a model can be built from a file for {', '.join(able)} only.")
+    return able[name]
+
+
+def _patch(
+    model: nn.Module,
+    host: Host,
+    checkpoint: Checkpoint | None,
+    options: Options,
+    dtype: torch.dtype,
+    fuse: bool,
+    device: torch.device | None = None,
+) -> Report:
+    tree = tree_of(model, SPELLINGS[host.spelling])
+    held_on = device or _device_of(model)
+    if checkpoint is None and held_on.type == "meta":
+        raise InvalidOption(
+            "the model is on the meta device and has no weights to quantise; give a checkpoint."
+        )
+    runs_on = _planning_device(held_on)
+    held = None if checkpoint is None else {path: layer.format for path, layer in checkpoint.layers.items()}
+    decisions = plan(tree, held, runs_on, options, swaps=host.swaps, fp32=host.fp32)
+    _refuse_nothing(decisions, options, checkpoint, host)
+    refuse_unswappable(model, decisions)
+    static = options.activation == "static"
+    if static:
+        _require_input_scales(checkpoint, decisions)
+    before = bytes_of(model)
+    staged = None
+    if checkpoint is not None:
+        _check_fit(model, host, checkpoint)
+        target = torch.device("cpu") if held_on.type == "meta" else held_on
+        staged = stage(
+            watched(stream(checkpoint, target), checkpoint), decisions, SPELLINGS[host.spelling], dtype
+        )
+    else:
+        _refuse_damaged(model, decisions)
+    dtypes = execute(model, decisions, staged, dtype, runs_on.type, static=static)
+    verify_residents(model, decisions)
+    report = Report(
+        host=host.name,
+        device=str(runs_on),
+        dtype=str(dtype).removeprefix("torch."),
+        decisions=tuple(decisions),
+        bytes_before=before,
+        bytes_after=bytes_of(model),
+        checkpoint=str(checkpoint.path) if checkpoint else None,
+        variant=checkpoint.variant.name if checkpoint else None,
+        dialect=checkpoint.dialect.name if checkpoint else None,
+        evidence=checkpoint.evidence if checkpoint else None,
+        notes=_notes(decisions, runs_on, checkpoint, fuse),
+    )
+    remember(model, Patched(tuple(decisions), dtypes, report))
+    return report
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(iter(model.parameters())).device
+
+
+def _planning_device(held_on: torch.device) -> torch.device:
+    """Where the model will run: a model that waits on the CPU or on meta is meant for the GPU when there is one."""
+    if held_on.type in ("cpu", "meta"):
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+    return held_on
+
+
+def _compute_dtype(model: nn.Module) -> torch.dtype:
+    """fp16 for an fp16 host, else bf16: a host loaded in fp32 by default is not asking for fp32 products."""
+    dtypes = [m.weight.dtype for m in model.modules() if isinstance(m, nn.Linear)]
+    return torch.float16 if dtypes and dtypes.count(torch.float16) > len(dtypes) / 2 else torch.bfloat16
+
+
+def _refuse_unserved(attention: str) -> None:
+    if attention != "auto":
+        raise BackendUnavailable(
+            f"attention={attention!r}",
+            {attention: "this version leaves attention to the host and has no other."},
+        )
+
+
+def _refuse_nothing(
+    decisions: list[Decision], options: Options, checkpoint: Checkpoint | None, host: Host
+) -> None:
+    plain_file = checkpoint is not None and not checkpoint.layers and options.weights == "auto"
+    if options.weights == "keep" or plain_file or any(d.action == "quantised" for d in decisions):
+        return
+    kept = (
+        "; ".join(sorted({d.reason for d in decisions if d.action == "linear"}))
+        or "it has no Linear to quantise"
+    )
+    raise NothingToPatch(
+        f"no layer of this {host.name} model would be quantised ({kept}). Check weights= and skip=."
+    )
+
+
+def _require_input_scales(checkpoint: Checkpoint | None, decisions: list[Decision]) -> None:
+    layers = checkpoint.layers if checkpoint else {}
+    missing = [
+        d.path
+        for d in decisions
+        if d.action == "quantised"
+        and not (d.original in layers and any(s.slot == "input_scale" for s in layers[d.original].sources))
+    ]
+    if missing:
+        raise InvalidOption(
+            f"activation='static' needs an input_scale in the file for every quantised layer, and {len(missing)} have "
+            f"none, the first {missing[0]!r}. Use activation='dynamic'; a made-up scale would clip or drown the signal."
+        )
+
+
+def _refuse_damaged(model: nn.Module, decisions: list[Decision]) -> None:
+    for decision in decisions:
+        if decision.action == "quantised":
+            weight = model.get_submodule(decision.path).get_parameter("weight")
+            if not bool(torch.isfinite(weight).all()):
+                raise InvalidOption(
+                    f"{decision.path}.weight holds NaN or infinite values, which cannot be quantised."
+                )
+
+
+def _check_fit(model: nn.Module, host: Host, checkpoint: Checkpoint) -> None:
+    """Every tensor of the file has its slot in the model, and every slot its tensor, of the same shape."""
+    spelling = SPELLINGS[host.spelling]
+    wanted = {
+        name.replace(".base_layer", ""): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name
+    }
+    given = {from_original(spelling, path): key for path, key in checkpoint.plain.items()}
+    given |= {
+        f"{from_original(spelling, path)}.weight": f"{layer.module}.weight"
+        for path, layer in checkpoint.layers.items()
+    }
+    unfilled = sorted(wanted.keys() - given.keys())
+    unconsumed = sorted(given[name] for name in given.keys() - wanted.keys())
+    if unfilled or unconsumed:
+        raise UnaccountedTensors(
+            checkpoint.path,
+            unconsumed=unconsumed,
+            unfilled=unfilled,
+            hint=f"The file is a {checkpoint.variant.name}; is the model one too? Nothing was loaded.",
+        )
+    shapes = {from_original(spelling, path): checkpoint.shape_of(path) for path in _weights(checkpoint)}
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise BadTensor(
+                checkpoint.path,
+                given[name],
+                f"its shape is {list(shapes[name])}; the model needs {list(shape)}.",
+            )
+
+
+def _weights(checkpoint: Checkpoint) -> list[str]:
+    return [*checkpoint.plain, *(f"{path}.weight" for path in checkpoint.layers)]
+
+
+def _notes(
+    decisions: list[Decision], device: torch.device, checkpoint: Checkpoint | None, fuse: bool
+) -> tuple[str, ...]:
+    notes = []
+    computes = {d.compute for d in decisions if d.action == "quantised"}
+    if computes == {"bf16"} and device.type == "cuda":
+        notes.append(
+            f"{torch.cuda.get_device_name(device)}: weights are stored quantised and multiplied in bf16; this saves memory, not time."
+        )
+    if device.type == "cpu" and computes:
+        notes.append("No CUDA GPU: weights are stored quantised and dequantised for each product.")
+    if fuse and device.type == "cuda":
+        notes.append("The host's own block forward is used (no fused one in this version).")
+    if checkpoint is not None and not checkpoint.layers:
+        notes.append("The file is not quantised; pass weights='fp8' to quantise it while loading.")
+    if checkpoint is not None and not any(
+        s.slot == "input_scale" for la in checkpoint.layers.values() for s in la.sources
+    ):
+        notes.append(
+            "The file has no input scales, and needs none: activations are quantised a token at a time."
+        )
+    return tuple(notes)

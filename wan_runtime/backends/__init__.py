@@ -1,0 +1,57 @@
+"""Who multiplies. A backend says which (format, compute) pairs it can serve on a device, or why not, by trying.
+
+compute  how the product is formed: "fp8" (FP8 tensor cores, activations quantised a token), "bf16" (the weight
+         dequantised to the activation's dtype, then an ordinary product), "fp32" (the reference).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from wan_runtime.catalogue import Catalogue
+from wan_runtime.errors import BackendUnavailable
+from wan_runtime.formats import Slots
+
+# (activations [tokens, in], weight slots, static input scale [1, 1] or None) -> product [tokens, out] without bias,
+# a fresh tensor in the activations' dtype or fp32.
+Multiply = Callable[[torch.Tensor, Slots, torch.Tensor | None], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One multiplier.
+
+    computes  format -> the computes it offers, best first.
+    refuses   (format, compute, device, (out, in)) -> why it cannot serve that layer there, or None. Decided by running
+              a tiny multiplication on the device, not by a version table.
+    kernel    (format, compute) -> the function that multiplies.
+    """
+
+    name: str
+    computes: Callable[[str], tuple[str, ...]]
+    refuses: Callable[[str, str, torch.device, tuple[int, int]], str | None]
+    kernel: Callable[[str, str], Multiply]
+
+
+BACKENDS: Catalogue[Backend] = Catalogue("wan_runtime.backends", Backend)
+AUTOMATIC = ("torch",)  # what backend="auto" may choose, best first; the reference is for checking
+COMPUTES = ("fp8", "nvfp4", "mxfp8", "bf16", "fp32")
+
+
+def backend_named(name: str) -> Backend:
+    """The backend that users call `name`: torch, reference."""
+    found = {record.name: record for record in (BACKENDS[module] for module in BACKENDS)}
+    if name not in found:
+        raise BackendUnavailable(
+            f"backend={name!r}",
+            {name: f"there is no such backend in this version (there are: {', '.join(found)})."},
+        )
+    return found[name]
+
+
+def multiplier(backend: str, weight_format: str, compute: str) -> Multiply:
+    """The function that multiplies for a layer."""
+    return backend_named(backend).kernel(weight_format, compute)

@@ -1,0 +1,112 @@
+"""torch's own kernels: FP8 products through `torch._scaled_mm`, and dequantise-then-multiply on any device.
+
+FP8: activations are quantised with one dynamic scale a token by a fused kernel, weights keep their own scales, and the
+product is accumulated in the tensor cores' fast mode and returned in bf16. NVFP4 weights stay 4-bit in memory and are
+expanded a layer at a time to FP8, so on Hopper and Ada they multiply at FP8 speed.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from wan_runtime.backends import Backend, Multiply
+from wan_runtime.formats import FORMATS, Slots
+
+FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+ALIGNMENT = 16  # _scaled_mm wants both weight dimensions to be multiples of 16
+SM89_FIXED_IN = (
+    2,
+    12,
+)  # before, row-wise products on sm_89 run on the wrong stream and can hang (pytorch#177651)
+
+
+def computes(weight_format: str) -> tuple[str, ...]:
+    return ("fp8", "bf16") if weight_format in (*FP8_DTYPES, "nvfp4") else ("bf16",)
+
+
+def refuses(weight_format: str, compute: str, device: torch.device, shape: tuple[int, int]) -> str | None:
+    if compute == "bf16":
+        return None
+    if compute not in computes(weight_format):
+        return f"it has no {compute} product for {weight_format} weights"
+    if device.type != "cuda":
+        return f"FP8 products need a CUDA GPU; the model is on {device.type}"
+    if shape[0] % ALIGNMENT or shape[1] % ALIGNMENT:
+        return f"FP8 products need both dimensions to be multiples of {ALIGNMENT}; this weight is {shape[0]} x {shape[1]}"
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return _probe(weight_format, index)
+
+
+@functools.cache
+def _probe(weight_format: str, index: int) -> str | None:
+    """Run one tiny product on the GPU: the only proof that it can."""
+    device = torch.device("cuda", index)
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if torch.cuda.get_device_capability(device) == (8, 9) and version < SM89_FIXED_IN:
+        return (
+            "row-wise FP8 on sm_89 can hang with torch < 2.12 (pytorch#177651); upgrade torch to use FP8 here"
+        )
+    rows = torch.randn(32, 32, device=device, dtype=torch.bfloat16)
+    slots = FORMATS[weight_format].quantize(torch.randn(32, 32, device=device), True)
+    try:
+        product = kernel(weight_format, "fp8")(rows, slots, None)
+        torch.cuda.synchronize(device)
+    except Exception as error:  # whatever the driver, Triton or cuBLAS says is the reason shown to the user
+        return f"a test product failed on {torch.cuda.get_device_name(device)}: {str(error).splitlines()[0][:200]}"
+    if not bool(torch.isfinite(product).all()):
+        return f"a test product gave NaN or infinity on {torch.cuda.get_device_name(device)}"
+    return None
+
+
+def kernel(weight_format: str, compute: str) -> Multiply:
+    if compute == "bf16":
+        return functools.partial(_dequantise_and_multiply, weight_format)
+    if weight_format == "nvfp4":
+        return _nvfp4_as_fp8
+    return functools.partial(_fp8, FP8_DTYPES[weight_format])
+
+
+def _dequantise_and_multiply(
+    weight_format: str, rows: torch.Tensor, slots: Slots, static: torch.Tensor | None
+) -> torch.Tensor:
+    weight = FORMATS[weight_format].dequantize(slots).to(rows.dtype)
+    return torch.nn.functional.linear(rows, weight)
+
+
+def _fp8(dtype: torch.dtype, rows: torch.Tensor, slots: Slots, static: torch.Tensor | None) -> torch.Tensor:
+    return _scaled_product(rows, slots["payload"].view(dtype), slots["scale"], static)
+
+
+def _nvfp4_as_fp8(rows: torch.Tensor, slots: Slots, static: torch.Tensor | None) -> torch.Tensor:
+    from wan_runtime.kernels.expand_nvfp4 import expand_nvfp4
+
+    codes, scale = expand_nvfp4(slots["payload"], slots["block_scale"], slots["scale"])
+    # An NVFP4 input scale is amax / 2688; an FP8 one of the same amax is 6 times larger.
+    return _scaled_product(rows, codes, scale, None if static is None else static * 6)
+
+
+def _scaled_product(
+    rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, static: torch.Tensor | None
+) -> torch.Tensor:
+    """rows [tokens, in] x weight [out, in] codes -> bf16 [tokens, out]."""
+    from wan_runtime.kernels.quantize_rows import quantize_rows
+
+    if static is None:
+        codes, token_scale = quantize_rows(rows)
+    else:
+        codes = (rows.float() / static).clamp(-448, 448).to(torch.float8_e4m3fn)
+        token_scale = static.expand(rows.shape[0], 1).contiguous()
+    channel_scale = scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()
+    return torch._scaled_mm(
+        codes,
+        weight.t(),
+        scale_a=token_scale,
+        scale_b=channel_scale,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+BACKEND = Backend(name="torch", computes=computes, refuses=refuses, kernel=kernel)

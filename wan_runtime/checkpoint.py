@@ -1,0 +1,258 @@
+"""From a file to canonical slots: header -> dialect -> names -> a stream of layers, with every key accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from wan_runtime.dialects import DIALECTS, Dialect, Layer, Reading, identify
+from wan_runtime.errors import AmbiguousDialect, BadTensor, CheckpointError
+from wan_runtime.formats import FORMATS, BadSlot
+from wan_runtime.header import DTYPES, Header, read_header
+from wan_runtime.names import Spelling, Variant, prefix_of, spelling_of, to_original, variant_of
+
+LAYERS_COMPARED = 4  # enough to tell readings apart: a wrong one is off by 0.4 or more, the right one by 0.1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened file: no weights read yet. All paths are in the original release's spelling, without prefix.
+
+    layers   module path -> how its slots are read.
+    plain    tensor path (with its leaf, "blocks.0.norm3.weight") -> key in the file.
+    """
+
+    header: Header
+    dialect: Dialect
+    evidence: str
+    spelling: Spelling
+    prefix: str
+    variant: Variant
+    layers: Mapping[str, Layer]
+    plain: Mapping[str, str]
+    markers: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+    def shape_of(self, tensor: str) -> tuple[int, ...]:
+        """The logical shape of a module's weight or of a plain tensor; packed dimensions unpacked."""
+        module, _, leaf = tensor.rpartition(".")
+        if leaf == "weight" and module in self.layers:
+            return self.layers[module].shape
+        return self.header.entries[self.plain[tensor]].shape
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One layer or one plain tensor, on the target device. `format` is None for a plain tensor in slot "tensor"."""
+
+    path: str
+    format: str | None
+    slots: Mapping[str, torch.Tensor]
+
+
+def open_checkpoint(
+    path: Path | str, *, dialect: str | None = None, reference: Path | str | None = None
+) -> Checkpoint:
+    """Read a file's header, decide its dialect and names, and account for every key.
+
+    Args:
+        path: a .safetensors file, or a folder that holds exactly one.
+        dialect: the dialect's name, where the caller knows it.
+        reference: the bf16 file it was made from; settles a file that several dialects fit.
+
+    Raises CheckpointError and its subclasses; docs/formats.md says how each case is decided.
+    """
+    header = read_header(path)
+    if reference is not None and dialect is None:
+        dialect_record, evidence = _settle(header, Path(reference))
+    else:
+        dialect_record, evidence = identify(header, dialect)
+    return _interpret(header, dialect_record, evidence)
+
+
+def _interpret(header: Header, dialect: Dialect, evidence: str) -> Checkpoint:
+    reading = dialect.read(header)
+    prefix = prefix_of([*reading.layers, *reading.plain])
+    modules = {
+        name.removeprefix(prefix)
+        for name in (*reading.layers, *(k.rpartition(".")[0] for k in reading.plain))
+    }
+    spelling = spelling_of(header.path, modules)
+    layers = _renamed(header, spelling, prefix, {name: name for name in reading.layers})
+    plain = _renamed(header, spelling, prefix, {key: key for key in reading.plain})
+    _refuse_overlap(header, reading, layers, plain)
+    shapes = {f"{path}.weight": reading.layers[name].shape for path, name in layers.items()}
+    shapes |= {path: header.entries[key].shape for path, key in plain.items()}
+    return Checkpoint(
+        header=header,
+        dialect=dialect,
+        evidence=evidence,
+        spelling=spelling,
+        prefix=prefix,
+        variant=variant_of(header.path, shapes),
+        layers={path: reading.layers[name] for path, name in layers.items()},
+        plain=plain,
+        markers=reading.markers,
+    )
+
+
+def _renamed(header: Header, spelling: Spelling, prefix: str, names: Mapping[str, str]) -> dict[str, str]:
+    """Original path -> name in the file; two names for one path are refused."""
+    renamed: dict[str, str] = {}
+    for name in names:
+        path = to_original(spelling, name.removeprefix(prefix))
+        if path in renamed:
+            raise BadTensor(
+                header.path, name, f"it is in the file twice, also as {renamed[path]!r}; which one is meant?"
+            )
+        renamed[path] = name
+    return renamed
+
+
+def _refuse_overlap(
+    header: Header, reading: Reading, layers: Mapping[str, str], plain: Mapping[str, str]
+) -> None:
+    for path, name in layers.items():
+        if f"{path}.weight" in plain:
+            raise BadTensor(
+                header.path,
+                plain[f"{path}.weight"],
+                f"it is in the file twice, also quantised as {name + '.weight'!r}.",
+            )
+
+
+def _settle(header: Header, reference: Path) -> tuple[Dialect, str]:
+    """Choose among the readings that fit by their distance to the file the weights were made from."""
+    try:
+        return identify(header)
+    except AmbiguousDialect as ambiguous:
+        names = list(ambiguous.candidates)
+    base = open_checkpoint(reference)
+    errors: dict[str, float] = {}
+    for name in names:
+        try:
+            errors[name] = _distance(_interpret(header, DIALECTS[name], ""), base)
+        except CheckpointError:
+            continue
+    listed = ", ".join(f"{name} {error:.3f}" for name, error in errors.items())
+    best = min(errors, key=lambda name: errors[name], default=None)
+    if (
+        best is None
+        or errors[best] > 0.25
+        or any(e < 2 * errors[best] for n, e in errors.items() if n != best)
+    ):
+        raise CheckpointError(
+            header.path,
+            f"no reading is close to {reference} (relative error of each: {listed or 'none fits'}); it is not the file "
+            "these weights were made from.",
+        )
+    return DIALECTS[best], f"nearest to {reference.name} (relative error: {listed})"
+
+
+def _distance(checkpoint: Checkpoint, base: Checkpoint) -> float:
+    """The median relative L2 error over a few layers that both files hold."""
+    errors = []
+    shared = [path for path in checkpoint.layers if f"{path}.weight" in base.plain]
+    for path in shared[:: max(len(shared) // LAYERS_COMPARED, 1)][:LAYERS_COMPARED]:
+        slots = read_layer(checkpoint, path)
+        weight = FORMATS[checkpoint.layers[path].format].dequantize(slots)
+        truth = base.header.read_tensor(base.plain[f"{path}.weight"]).float()
+        if truth.shape != weight.shape:
+            raise CheckpointError(
+                base.path, f"{path}.weight has shape {list(truth.shape)}, not {list(weight.shape)}."
+            )
+        errors.append(((weight - truth).norm() / truth.norm()).item())
+    if not errors:
+        raise CheckpointError(
+            base.path, "it holds none of the quantised layers unquantised, so it cannot be a reference."
+        )
+    return sorted(errors)[len(errors) // 2]
+
+
+def read_layer(checkpoint: Checkpoint, path: str) -> dict[str, torch.Tensor]:
+    """All slots of one layer, on the CPU, checked."""
+    layer = checkpoint.layers[path]
+    slots = {
+        s.slot: _decoded(checkpoint, layer, s.key, checkpoint.header.read_tensor(s.key))[s.slot]
+        for s in layer.sources
+    }
+    _check(checkpoint, layer, slots)
+    return slots
+
+
+def stream(checkpoint: Checkpoint, device: torch.device) -> Iterator[Loaded]:
+    """Read the file in its own order, memory-mapped, one tensor at a time onto the device; yield complete layers."""
+    owners = {source.key: path for path, layer in checkpoint.layers.items() for source in layer.sources}
+    tensors = {key: path for path, key in checkpoint.plain.items()}
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    with safe_open(checkpoint.path, framework="pt") as file:
+        for key in checkpoint.header.entries:
+            if key in tensors:
+                yield Loaded(
+                    tensors[key],
+                    None,
+                    {"tensor": _plain_tensor(checkpoint, key, file.get_tensor(key).to(device))},
+                )
+            elif key in owners:
+                path = owners[key]
+                layer = checkpoint.layers[path]
+                slots = waiting.setdefault(path, {})
+                slots |= _decoded(checkpoint, layer, key, file.get_tensor(key).to(device))
+                if len(slots) == len(layer.sources):
+                    _check(checkpoint, layer, slots)
+                    yield Loaded(path, layer.format, waiting.pop(path))
+
+
+def _plain_tensor(checkpoint: Checkpoint, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype.itemsize == 1:  # a norm or bias that a plain-cast file stored in fp8
+        tensor = tensor.float()
+    if not bool(torch.isfinite(tensor).all()):
+        raise BadTensor(checkpoint.path, key, "it holds NaN or infinite values; the file is damaged.")
+    return tensor
+
+
+def _decoded(checkpoint: Checkpoint, layer: Layer, key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The slots that one key of a layer gives (a plain fp8 weight gives its scale of 1 too)."""
+    slots = {}
+    for source in layer.sources:
+        if source.key == key:
+            try:
+                slots[source.slot] = source.decode(tensor, *layer.shape).to(tensor.device)
+            except ValueError as error:
+                raise BadTensor(checkpoint.path, key, str(error)) from error
+    return slots
+
+
+def _check(checkpoint: Checkpoint, layer: Layer, slots: Mapping[str, torch.Tensor]) -> None:
+    """Shapes and values of a complete layer, against its format."""
+    weight_format = FORMATS[layer.format]
+    keys = {source.slot: source.key for source in layer.sources}
+    for name, (dtype, shapes) in weight_format.layout(*layer.shape).items():
+        tensor = slots[name]
+        if tensor.dtype != dtype or tuple(tensor.shape) not in shapes:
+            raise BadTensor(
+                checkpoint.path,
+                keys[name],
+                f"slot {name} needs {dtype} {list(shapes[0])}; it is {tensor.dtype} {list(tensor.shape)}.",
+            )
+    static = slots.get("input_scale")
+    if static is not None and not bool((torch.isfinite(static) & (static > 0)).all()):
+        raise BadTensor(
+            checkpoint.path, keys["input_scale"], f"an input scale must be positive; it is {static.item():g}."
+        )
+    try:
+        weight_format.check(slots)
+    except BadSlot as bad:
+        raise BadTensor(checkpoint.path, keys[bad.slot], str(bad)) from bad
+
+
+def plain_dtype(checkpoint: Checkpoint, tensor: str) -> torch.dtype:
+    """The dtype a plain tensor has in the file."""
+    return DTYPES[checkpoint.header.entries[checkpoint.plain[tensor]].dtype]

@@ -1,0 +1,140 @@
+"""What the dialects share: grouping keys by module, and the checks and decodings that several producers need."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+import torch
+
+from wan_runtime.dialects import Layer, Reading, Source
+from wan_runtime.errors import BadTensor, CheckpointError, UnaccountedTensors
+from wan_runtime.header import Entry, Header
+
+FP8 = {"F8_E4M3": "fp8", "F8_E5M2": "fp8_e5m2"}
+FLOAT = ("F32", "BF16", "F16", "F64")
+
+
+def leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def module(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def leaves(header: Header) -> set[str]:
+    return {leaf(key) for key in header.entries}
+
+
+def is_linear_weight(key: str, entry: Entry) -> bool:
+    return leaf(key) == "weight" and len(entry.shape) == 2
+
+
+def scale_slot(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
+    """A scale of one element or one an output channel, whatever its shape and dtype -> fp32 [1, 1] or [out, 1]."""
+    if tensor.numel() not in (1, out):
+        raise ValueError(
+            f"a scale of shape {list(tensor.shape)} fits neither one a tensor nor one an output channel ({out})."
+        )
+    return tensor.float().reshape(-1, 1)
+
+
+def scalar_slot(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
+    """A scale of one element -> fp32 [1, 1]."""
+    if tensor.numel() != 1:
+        raise ValueError(f"a global scale must have one element; this has shape {list(tensor.shape)}.")
+    return tensor.float().reshape(1, 1)
+
+
+def code_slot(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
+    """Codes of any one-byte dtype -> uint8, same bytes."""
+    return tensor.view(torch.uint8)
+
+
+def fp8_layer(header: Header, path: str, scale: str, input_scale: str) -> Layer:
+    """An FP8 layer whose scale leaf is `scale`; the scale must be there (a missing one renders as noise)."""
+    key = f"{path}.weight"
+    entry = header.entries[key]
+    if f"{path}.{scale}" not in header.entries:
+        near = difflib.get_close_matches(
+            f"{path}.{scale}", [k for k in header.entries if k != key], n=1, cutoff=0.8
+        )
+        raise BadTensor(
+            header.path,
+            key,
+            f"it is {entry.dtype} and has no scale ({path}.{scale} is missing) while other layers of this file have "
+            f"theirs{f'; the nearest key is {near[0]!r}' if near else ''}. Without its scale the layer is noise.",
+        )
+    sources = [Source(key, "payload", code_slot), Source(f"{path}.{scale}", "scale", scale_slot)]
+    sources += _input_scale(header, path, input_scale)
+    return Layer(path, FP8[entry.dtype], (entry.shape[0], entry.shape[1]), tuple(sources))
+
+
+def nvfp4_layer(header: Header, path: str, payload: Source, block_scale: Source) -> Layer:
+    """An NVFP4 layer with `weight_scale` and `weight_scale_2`; nibble order and layout come with the sources."""
+    for needed, leaf_name in (
+        (block_scale.key, "weight_scale"),
+        (f"{path}.weight_scale_2", "weight_scale_2"),
+    ):
+        if needed not in header.entries:
+            raise BadTensor(
+                header.path, f"{path}.weight", f"it is packed NVFP4 and its {leaf_name} is missing."
+            )
+    entry, scales = header.entries[f"{path}.weight"], header.entries[block_scale.key]
+    if entry.dtype != "U8" or len(entry.shape) != 2:
+        raise BadTensor(
+            header.path,
+            f"{path}.weight",
+            f"NVFP4 needs U8 [out, in/2]; it is {entry.dtype} {list(entry.shape)}.",
+        )
+    if scales.dtype != "F8_E4M3":
+        raise BadTensor(
+            header.path, block_scale.key, f"NVFP4 block scales are F8_E4M3; these are {scales.dtype}."
+        )
+    sources = (payload, block_scale, Source(f"{path}.weight_scale_2", "scale", scalar_slot))
+    shape = (entry.shape[0], entry.shape[1] * 2)
+    return Layer(path, "nvfp4", shape, (*sources, *_input_scale(header, path, "input_scale")))
+
+
+def refuse_postprocessed(header: Header) -> None:
+    """Model Optimizer's ComfyUI post-process (C5) keeps the low nibble and may or may not swizzle: not told apart."""
+    if "quantization_config" in header.metadata and "weight_scale_2" in leaves(header):
+        raise CheckpointError(
+            header.path,
+            "the header's quantization_config says Model Optimizer with its ComfyUI post-processing, whose block "
+            "scales may be swizzled or plain whatever the other marks say. The two are not told apart yet, and a wrong "
+            "guess is noise. If you exported it without enable_swizzle_layout, load it with --dialect modelopt.",
+        )
+
+
+def _input_scale(header: Header, path: str, leaf_name: str) -> list[Source]:
+    key = f"{path}.{leaf_name}"
+    return [Source(key, "input_scale", scalar_slot)] if key in header.entries else []
+
+
+def reading(
+    header: Header, layers: Mapping[str, Layer], markers: tuple[str, ...] = (), orphans: str = ""
+) -> Reading:
+    """Account for every key. What is in no layer and no marker must be a floating-point tensor of its own.
+
+    `orphans` is a leaf, such as "scale_weight", that may not be left over: a scale without a weight.
+    """
+    used = {source.key for layer in layers.values() for source in layer.sources} | set(markers)
+    rest = [key for key in header.entries if key not in used]
+    stray = [key for key in rest if orphans and leaf(key) == orphans]
+    if stray:
+        raise UnaccountedTensors(
+            header.path,
+            unconsumed=stray,
+            hint="A scale without its quantised weight means keys were renamed or lost.",
+        )
+    odd = [key for key in rest if header.entries[key].dtype not in (*FLOAT, *FP8)]
+    if odd:
+        kinds = sorted({header.entries[key].dtype for key in odd})
+        raise UnaccountedTensors(
+            header.path,
+            unconsumed=odd,
+            hint=f"They are {', '.join(kinds)}, which this dialect gives no meaning.",
+        )
+    return Reading(dict(layers), tuple(rest), markers)

@@ -1,0 +1,86 @@
+"""Comfy scaled FP8 (A1), the older convention of Comfy-Org's and Kijai's Wan files.
+
+key               dtype, shape                     meaning
+X.weight          F8_E4M3 or F8_E5M2 [out, in]     codes
+X.scale_weight    F32 () or [1] or [out, 1]        W = code * scale_weight
+X.scale_input     F32 (), optional                 activation amax / 448: x_q = x / s, y *= s
+scaled_fp8        fp8 or F32, [0], [1] or [2]      file marker, may carry the file's prefix; 2 elements: the host
+                                                   should dequantise and not multiply in fp8. Its dtype is not
+                                                   trusted: the weight's own dtype decides between e4m3 and e5m2.
+
+A file may hold scale_weight = 1 beside an unquantised weight. Some recipes write no marker and scale = amax, with
+codes in -1..1: the same product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from wan_runtime.dialects import Dialect, Evidence, Marks, Reading, _keys
+from wan_runtime.errors import BadTensor
+from wan_runtime.header import Header
+
+MARKER = "scaled_fp8"
+
+
+def detect(header: Header) -> Evidence | None:
+    names = _keys.leaves(header)
+    if "scale_weight" not in names and MARKER not in names:
+        return None
+    marker = f"the {MARKER!r} marker" if MARKER in names else f"no {MARKER!r} marker"
+    return Evidence(True, f"FP8 weights with .scale_weight, {marker}")
+
+
+def read(header: Header) -> Reading:
+    layers, markers = {}, [key for key in header.entries if _keys.leaf(key) == MARKER]
+    for key, entry in header.entries.items():
+        path = _keys.module(key)
+        if not _keys.is_linear_weight(key, entry):
+            continue
+        if entry.dtype in _keys.FP8:
+            layers[path] = _keys.fp8_layer(header, path, "scale_weight", "scale_input")
+        elif f"{path}.scale_weight" in header.entries:
+            markers += _dummy_scales(header, path, entry.dtype)
+    return _keys.reading(header, layers, tuple(markers), orphans="scale_weight")
+
+
+def _dummy_scales(header: Header, path: str, dtype: str) -> list[str]:
+    """The scale keys beside an unquantised weight; they must be the dummy 1.0 that converters leave there."""
+    key = f"{path}.scale_weight"
+    value = header.read_tensor(key).float()
+    if not bool((value == 1).all()):
+        raise BadTensor(
+            header.path,
+            key,
+            f"its weight is {dtype}, not fp8, and the scale is {value.flatten()[0].item():g}, not 1.",
+        )
+    return [k for k in (key, f"{path}.scale_input") if k in header.entries]
+
+
+def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    encoded = {
+        "weight": slots["payload"].view(torch.float8_e4m3fn),
+        "scale_weight": slots["scale"].reshape(-1),
+    }
+    if "input_scale" in slots:
+        encoded["scale_input"] = slots["input_scale"].reshape(())
+    return encoded
+
+
+def marks(layers: Mapping[str, str]) -> Marks:
+    # Two elements: Comfy then dequantises, which is right for activations that were never calibrated.
+    return Marks(tensors={MARKER: torch.zeros(2, dtype=torch.float8_e4m3fn)})
+
+
+DIALECT = Dialect(
+    name="comfy_scaled_fp8",
+    row="A1",
+    meaning="FP8 with .scale_weight, which multiplies",
+    detect=detect,
+    read=read,
+    targets={"comfy-fp8-scaled": "fp8"},
+    encode=encode,
+    marks=marks,
+)

@@ -1,0 +1,66 @@
+"""What the bytes of a quantised weight mean: one file a weight format, in one canonical arrangement.
+
+A dialect says how a producer spells a format in a file (key names, nibble order, scale layout); here each format has
+one arrangement, the one that `QuantLinear` holds and the backends read. Slots never have a float8 dtype: codes are
+stored as uint8, so that no host takes float8 for a compute dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from wan_runtime.catalogue import Catalogue
+
+Slots = Mapping[str, torch.Tensor]
+
+
+class BadSlot(ValueError):
+    """A slot whose values no quantiser writes. `slot` names it."""
+
+    def __init__(self, slot: str, problem: str) -> None:
+        self.slot = slot
+        super().__init__(problem)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One weight format.
+
+    layout      (out_features, in_features) -> slot name -> (dtype, allowed shapes); the first slot is "payload".
+    refuses     (out_features, in_features) -> why a weight of that size cannot have this format, or None.
+    quantize    (float weight [out, in], per_channel) -> slots, by the format's amax rule; `per_channel` asks for one
+                scale an output channel where the format has that choice.
+    dequantize  slots -> float32 weight [out, in], exact up to one fp32 rounding per product.
+    check       raises BadSlot when the values are damaged: NaN codes; a scale that is NaN, infinite or negative, or
+                zero beside non-zero codes.
+    bits        bits a weight takes, block scales included.
+    """
+
+    name: str
+    layout: Callable[[int, int], dict[str, tuple[torch.dtype, tuple[tuple[int, ...], ...]]]]
+    refuses: Callable[[int, int], str | None]
+    quantize: Callable[[torch.Tensor, bool], dict[str, torch.Tensor]]
+    dequantize: Callable[[Slots], torch.Tensor]
+    check: Callable[[Slots], None]
+    bits: float
+
+
+FORMATS: Catalogue[Format] = Catalogue("wan_runtime.formats", Format)
+
+
+def check_scale(slots: Slots, slot: str) -> None:
+    """Refuse a scale that is NaN, infinite or negative."""
+    scale = slots[slot]
+    if not bool(torch.isfinite(scale).all()):
+        raise BadSlot(slot, "the scale is NaN or infinite; the file is damaged or was never calibrated.")
+    if bool((scale < 0).any()):
+        raise BadSlot(slot, f"the scale is negative ({scale.min().item():g}); no quantiser writes that.")
+
+
+def check_zero_scale(slots: Slots, slot: str, codes_nonzero: torch.Tensor) -> None:
+    """Refuse a zero scale beside non-zero codes: the weights it hides are lost. Both broadcast together."""
+    if bool(((slots[slot] == 0) & codes_nonzero).any()):
+        raise BadSlot(slot, "the scale is zero beside non-zero codes; the weights would vanish.")

@@ -1,0 +1,123 @@
+"""NVFP4: 4-bit E2M1 codes in blocks of 16 along `in`, an E4M3 scale a block, one fp32 scale a tensor.
+
+slot         dtype    shape           meaning
+payload      uint8    [out, in / 2]   two codes a byte; the EVEN element in the LOW nibble
+block_scale  uint8    [out, in / 16]  the e4m3fn bytes, plain row-major (not swizzled)
+scale        float32  [1, 1]          multiplies: W = E2M1[code] * block_scale * scale
+
+E2M1 magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4, 6 for the codes 0 to 7; bit 3 is the sign. Quantising takes
+scale = amax / (6 * 448) and block_scale = block amax / 6 / scale, rounded to e4m3.
+Source: NVIDIA Model Optimizer, nvfp4_tensor.py; OCP Microscaling Formats Specification for E2M1.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from wan_runtime.formats import BadSlot, Format, Slots, check_scale, check_zero_scale
+
+BLOCK = 16
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Midpoints between neighbouring magnitudes: a value is rounded to the code whose interval holds it.
+MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+SMALLEST_BLOCK_SCALE = 2.0**-9  # the smallest e4m3 subnormal: a block of tiny weights must not get scale 0
+
+
+@functools.cache
+def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, device=device, dtype=torch.float32)
+
+
+def layout(out: int, inp: int) -> dict[str, tuple[torch.dtype, tuple[tuple[int, ...], ...]]]:
+    return {
+        "payload": (torch.uint8, ((out, inp // 2),)),
+        "block_scale": (torch.uint8, ((out, inp // BLOCK),)),
+        "scale": (torch.float32, ((1, 1),)),
+    }
+
+
+def refuses(out: int, inp: int) -> str | None:
+    return f"in_features {inp} is not a multiple of {BLOCK}" if inp % BLOCK else None
+
+
+def round_to_e2m1(values: torch.Tensor) -> torch.Tensor:
+    """fp32 values -> uint8 codes 0..15, round to nearest, ties to the even code, saturating at 6."""
+    magnitude = values.abs().contiguous()
+    midpoints = _constant(MIDPOINTS, values.device)
+    # A tie sits on a midpoint; `right` sends it up. Codes 0, 2, 4, 6 are even, so ties below an odd code go back down.
+    up = torch.bucketize(magnitude, midpoints, right=True)
+    down = torch.bucketize(magnitude, midpoints, right=False)
+    code = torch.where(up % 2 == 0, up, down)
+    return (code | (torch.signbit(values).to(torch.int64) << 3)).to(torch.uint8)
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """Codes [out, in] -> bytes [out, in / 2], even element in the low nibble."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(payload: torch.Tensor) -> torch.Tensor:
+    """Bytes [out, in / 2] -> codes [out, in]."""
+    return torch.stack((payload & 0xF, payload >> 4), dim=-1).flatten(-2)
+
+
+def quantize(weight: torch.Tensor, per_channel: bool) -> dict[str, torch.Tensor]:
+    """Two-level amax rule, always one fp32 scale a tensor; a block of zeros gets the smallest block scale, a tensor of zeros scale 1."""
+    weight = weight.float()
+    out, inp = weight.shape
+    amax = weight.abs().amax()
+    scale = torch.where(amax > 0, amax / (E2M1_MAX * E4M3_MAX), torch.ones_like(amax)).reshape(1, 1)
+    blocks = weight.reshape(out, inp // BLOCK, BLOCK)
+    block_scale = blocks.abs().amax(-1) / E2M1_MAX / scale
+    block_scale = block_scale.clamp(SMALLEST_BLOCK_SCALE, E4M3_MAX).to(torch.float8_e4m3fn)
+    codes = round_to_e2m1(blocks / (block_scale.float() * scale)[..., None])
+    return {
+        "payload": pack(codes.reshape(out, inp)),
+        "block_scale": block_scale.view(torch.uint8),
+        "scale": scale,
+    }
+
+
+def dequantize(slots: Slots) -> torch.Tensor:
+    codes = unpack(slots["payload"])
+    magnitudes = _constant(E2M1 + tuple(-v for v in E2M1), codes.device)
+    values = magnitudes[codes.to(torch.int64)]
+    scales = slots["block_scale"].view(torch.float8_e4m3fn).float() * slots["scale"].float()
+    out, inp = values.shape
+    return (values.reshape(out, inp // BLOCK, BLOCK) * scales[..., None]).reshape(out, inp)
+
+
+def check(slots: Slots) -> None:
+    block_scale = slots["block_scale"]
+    bad = int(((block_scale & 0x7F) == 0x7F).sum())
+    if bad:
+        raise BadSlot(
+            "block_scale", f"{bad} of {block_scale.numel()} block scales are NaN; the file is damaged."
+        )
+    negative = int((block_scale > 0x80).sum())
+    if negative:
+        raise BadSlot(
+            "block_scale",
+            f"{negative} of {block_scale.numel()} block scales are negative; no quantiser writes that (are the scales "
+            "laid out differently, or is the file damaged?).",
+        )
+    check_scale(slots, "scale")
+    # -0 is a zero too, so the sign bits do not count.
+    used = (slots["payload"] & 0x77).reshape(block_scale.shape[0], block_scale.shape[1], -1).any(-1)
+    check_zero_scale(slots, "scale", used.any().reshape(1, 1))
+    check_zero_scale({"block_scale": block_scale & 0x7F}, "block_scale", used)
+
+
+FORMAT = Format(
+    name="nvfp4",
+    layout=layout,
+    refuses=refuses,
+    quantize=quantize,
+    dequantize=dequantize,
+    check=check,
+    bits=4.5,
+)

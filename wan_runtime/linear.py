@@ -1,0 +1,113 @@
+"""QuantLinear: an `nn.Linear` whose weight is a format's slots and whose bias stays fp32.
+
+The slots are parameters without gradient rather than buffers, because accelerate's `cpu_offload` leaves buffers on the
+GPU unless told otherwise, and the payload is what offloading is for. They are uint8 codes and fp32 scales, so no host
+that asks a parameter for the compute dtype sees float8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from wan_runtime.backends import Multiply, multiplier
+from wan_runtime.formats import FORMATS
+from wan_runtime.residents import Move, keeping_dtype
+
+
+class QuantLinear(nn.Linear):
+    """A Linear that holds its weight quantised.
+
+    Input [..., in_features] in any floating dtype, 0 or more leading dimensions; output [..., out_features] in the
+    input's dtype. The bias (fp32 [out_features] or None) is added in fp32. `weight` is a dequantised copy for readers
+    that want one (adapters, inspection) in `reads_as`, made anew at each access.
+
+    Args:
+        format: name of a weight format; `slots` holds its canonical slots, optionally also "input_scale" [1, 1].
+        backend, compute: who multiplies and in what; see wan_runtime.backends.
+        planned_for: the device type the plan was made for; on another one the layer dequantises and multiplies, so
+            that a model planned for the GPU still runs where it lies.
+        static: quantise activations with the file's input_scale instead of one dynamic scale a token.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        format: str,
+        slots: Mapping[str, torch.Tensor],
+        bias: torch.Tensor | None,
+        backend: str,
+        compute: str,
+        planned_for: str = "cpu",
+        static: bool = False,
+        reads_as: torch.dtype = torch.bfloat16,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a float weight
+        self.in_features, self.out_features = in_features, out_features
+        self.format, self.backend, self.compute, self.static = format, backend, compute, static
+        self.planned_for = planned_for
+        self.reads_as = reads_as
+        for name, tensor in slots.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        fp32 = None if bias is None else nn.Parameter(bias.to(torch.float32), requires_grad=False)
+        self.register_parameter("bias", fp32)
+        self._bind()
+
+    def _bind(self) -> None:
+        """Look the multipliers up once, so that a forward pays for no catalogue."""
+        self._multiply: Multiply = multiplier(self.backend, self.format, self.compute)
+        anywhere = self.compute in ("bf16", "fp32")
+        self._elsewhere: Multiply = self._multiply if anywhere else multiplier("torch", self.format, "bf16")
+
+    @property
+    def slots(self) -> dict[str, torch.Tensor]:
+        """The weight's slots, and its input scale where it has one."""
+        return {name: p for name, p in self._parameters.items() if name != "bias" and p is not None}
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The dequantised weight [out_features, in_features] in `reads_as`: a copy, never the storage."""
+        return FORMATS[self.format].dequantize(self.slots).to(self.reads_as)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        slots = self.slots
+        static = slots.pop("input_scale", None)
+        rows = input.reshape(math.prod(input.shape[:-1]), self.in_features)
+        multiply = self._multiply if rows.device.type == self.planned_for else self._elsewhere
+        product = multiply(rows, slots, static if self.static else None)
+        if self.bias is not None:
+            product = product.add_(self.bias)  # in place: one pass, summed in fp32, rounded once
+        return product.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Move, recurse: bool = True) -> Any:
+        # What `weight` reads as follows the host's dtype; the storage does not.
+        self.reads_as = fn(
+            torch.empty(0, dtype=self.reads_as, device=self.get_parameter("payload").device)
+        ).dtype
+        return super()._apply(keeping_dtype(fn), recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_multiply", "_elsewhere")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._bind()
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.format}, compute={self.compute}, backend={self.backend}"
+        )
+
+
+def quantised_layers(model: nn.Module) -> Iterable[tuple[str, QuantLinear]]:
+    """Every QuantLinear of a model with its path, wrapped ones included."""
+    return ((path, m) for path, m in model.named_modules() if isinstance(m, QuantLinear))

@@ -1,0 +1,174 @@
+"""How a host spells the modules of a WAN transformer, and which variant a file's shapes make it.
+
+The original release's names are the canonical ones. Renaming goes by whole path components, once, with the spelling of
+the whole file known: diffusers' `norm2` is the original's `norm3`, so applying a rename twice would swap norms.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from wan_runtime.catalogue import Catalogue
+from wan_runtime.errors import BadTensor, CheckpointError, shown
+
+PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "model.model.",
+    "transformer.",
+    "_orig_mod.",
+    "module.",
+    "model.",
+    "net.",
+)
+HEAD_DIM = 128  # every published WAN transformer
+PATCH = (1, 2, 2)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """One spelling. `mark` is a module that only this spelling has; `to_original` maps path prefixes, most specific
+    first, from this spelling to the original one; a block's rows are relative to `blocks.N`."""
+
+    name: str
+    mark: str
+    top: Mapping[str, str]
+    block: Mapping[str, str]
+
+
+SPELLINGS: Catalogue[Spelling] = Catalogue("wan_runtime.names", Spelling)
+
+
+def rename(path: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
+    """Apply the longest row that matches whole leading components of a path."""
+    parts = path.split(".")
+    if parts[0] == "blocks" and len(parts) > 2:
+        return ".".join((*parts[:2], *_replace(parts[2:], block)))
+    return ".".join(_replace(parts, top))
+
+
+def _replace(parts: list[str], rows: Mapping[str, str]) -> list[str]:
+    for length in range(len(parts), 0, -1):
+        target = rows.get(".".join(parts[:length]))
+        if target is not None:
+            return [*target.split("."), *parts[length:]]
+    return parts
+
+
+def to_original(names: Spelling, path: str) -> str:
+    """A path in this spelling -> the original release's."""
+    return rename(path, names.top, names.block)
+
+
+def from_original(names: Spelling, path: str) -> str:
+    """A path in the original release's spelling -> this one."""
+    top, block = _inverse(names.name)
+    return rename(path, top, block)
+
+
+@functools.cache
+def _inverse(name: str) -> tuple[dict[str, str], dict[str, str]]:
+    names = SPELLINGS[name]
+    return {v: k for k, v in names.top.items()}, {v: k for k, v in names.block.items()}
+
+
+def prefix_of(keys: Iterable[str]) -> str:
+    """The known prefix that the file's block keys carry, or ''."""
+    for key in keys:
+        head, found, _ = key.partition("blocks.0.")
+        if found and (head == "" or head in PREFIXES):
+            return head
+    return ""
+
+
+def spelling_of(path: Path, modules: Collection[str]) -> Spelling:
+    """The one spelling that a file's modules (prefix removed) are in.
+
+    Raises CheckpointError when no spelling fits (another model) or two do (a module under two spellings).
+    """
+    found = [
+        SPELLINGS[name] for name in SPELLINGS if any(m.startswith(SPELLINGS[name].mark) for m in modules)
+    ]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise CheckpointError(
+            path,
+            "this is not a WAN transformer: no module is named "
+            + " or ".join(repr(SPELLINGS[name].mark) for name in SPELLINGS)
+            + f". Found: {shown(sorted(modules), 6)}. A text encoder, VAE or LoRA is not a transformer checkpoint.",
+        )
+    pairs = [
+        (from_original(found[0], to_original(found[1], m)), m) for m in modules if m.startswith(found[1].mark)
+    ]
+    twice = next(((a, b) for a, b in pairs if a in modules), pairs[0])
+    raise BadTensor(
+        path,
+        twice[1],
+        f"the module is in the file under two spellings, also as {twice[0]!r}; which one is meant?",
+    )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a checkpoint's shapes say of the model: sizes in features, channels and layers."""
+
+    name: str
+    dim: int
+    ffn_dim: int
+    layers: int
+    in_channels: int
+    out_channels: int
+    text_dim: int
+    freq_dim: int
+    image_dim: int | None = None
+
+    @property
+    def heads(self) -> int:
+        return self.dim // HEAD_DIM
+
+
+KNOWN = {  # (dim, layers, in channels, has image embedding) -> the published models of that size
+    (1536, 30, 16, False): "T2V-1.3B",
+    (5120, 40, 16, False): "T2V-14B (Wan2.1 or one expert of Wan2.2 A14B)",
+    (3072, 30, 48, False): "TI2V-5B",
+    (5120, 40, 36, True): "I2V-14B",
+    (5120, 40, 36, False): "I2V-A14B (one expert of Wan2.2)",
+    (256, 6, 16, False): "tiny (trained for tests)",
+}
+
+
+def variant_of(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Variant:
+    """The variant that a file's logical shapes (original names, packed dimensions unpacked) describe."""
+
+    def size(key: str, axis: int) -> int:
+        shape = shapes.get(key)
+        if shape is None or len(shape) <= axis:
+            raise CheckpointError(
+                path, f"{key} is missing or has shape {shape}; it decides the model's size."
+            )
+        return shape[axis]
+
+    dim = size("head.head.weight", 1)
+    layers = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
+    in_channels = size("patch_embedding.weight", 1)
+    image = shapes.get("img_emb.proj.1.weight")
+    if dim % HEAD_DIM:
+        raise BadTensor(
+            path, "head.head.weight", f"its width {dim} is not a multiple of the head size {HEAD_DIM}."
+        )
+    known = KNOWN.get((dim, layers, in_channels, image is not None))
+    return Variant(
+        name=known or f"unlisted WAN variant (dim {dim}, {layers} layers, {in_channels} channels)",
+        dim=dim,
+        ffn_dim=size("blocks.0.ffn.0.weight", 0),
+        layers=layers,
+        in_channels=in_channels,
+        out_channels=size("head.head.weight", 0) // (PATCH[0] * PATCH[1] * PATCH[2]),
+        text_dim=size("text_embedding.0.weight", 1),
+        freq_dim=size("time_embedding.0.weight", 1),
+        image_dim=image[1] if image else None,
+    )

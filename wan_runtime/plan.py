@@ -1,0 +1,180 @@
+"""Decides, and only decides: module tree + file + device + rules -> one Decision a module that holds parameters."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from wan_runtime.backends import AUTOMATIC, COMPUTES, Backend, backend_named
+from wan_runtime.errors import BackendUnavailable, InvalidOption
+from wan_runtime.formats import FORMATS
+from wan_runtime.names import Spelling, to_original
+
+Action = Literal["quantised", "linear", "resident", "own", "model"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A module that holds parameters of its own. `linear` is (out, in) features for an `nn.Linear`."""
+
+    path: str
+    original: str
+    linear: tuple[int, int] | None
+    leaf: bool
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; see `patch`."""
+
+    weights: str = "auto"
+    compute: str = "auto"
+    backend: str = "auto"
+    skip: tuple[str, ...] = ()
+    activation: str = "dynamic"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one module, and why.
+
+    quantised  a Linear held in `format`, multiplied by `backend` in `compute`.
+    linear     a Linear held in the compute dtype, its bias in fp32.
+    resident   a leaf computed in fp32.
+    own        a container whose own tensors (modulation) stay fp32.
+    model      the host model itself: its own tensors fp32, its dtype the compute dtype.
+    """
+
+    path: str
+    original: str
+    action: Action
+    reason: str
+    format: str | None = None
+    compute: str | None = None
+    backend: str | None = None
+
+
+def tree_of(model: nn.Module, spelling: Spelling) -> list[Node]:
+    """The modules of a host that hold parameters. Adapters' own modules (LoRA) are not the host's and are left out."""
+    nodes = []
+    for path, module in model.named_modules():
+        parts = path.split(".") if path else []
+        own = any(p is not None for p in module._parameters.values())
+        if any(part.startswith("lora_") for part in parts) or (path and not own):
+            continue
+        original = to_original(spelling, ".".join(part for part in parts if part != "base_layer"))
+        linear = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
+        nodes.append(Node(path, original, linear, leaf=not any(module.children())))
+    return nodes
+
+
+def plan(
+    tree: Sequence[Node],
+    held: Mapping[str, str] | None,
+    device: torch.device,
+    options: Options,
+    *,
+    swaps: Callable[[str], bool],
+    fp32: Callable[[str], bool],
+) -> list[Decision]:
+    """Decide for every module.
+
+    Args:
+        tree: the host's modules.
+        held: original module path -> format of each quantised layer in the file; None where there is no file.
+        device: where the model will run.
+        swaps, fp32: the host's rules, by original module path.
+
+    Raises BackendUnavailable for an explicit choice that the device cannot serve, InvalidOption for an unknown one.
+    """
+    _check(options)
+    return [_decide(node, held, device, options, swaps, fp32) for node in tree]
+
+
+def _check(options: Options) -> None:
+    known = {
+        "weights": ("auto", "keep", *FORMATS),
+        "compute": ("auto", *COMPUTES),
+        "activation": ("dynamic", "static"),
+    }
+    for name, values in known.items():
+        value = getattr(options, name)
+        if value not in values:
+            raise InvalidOption(f"{name}={value!r} is not known; choose from {', '.join(values)}.")
+
+
+def _decide(
+    node: Node,
+    held: Mapping[str, str] | None,
+    device: torch.device,
+    options: Options,
+    swaps: Callable[[str], bool],
+    fp32: Callable[[str], bool],
+) -> Decision:
+    if not node.path:
+        return Decision(node.path, node.original, "model", "the host model")
+    weight_format, reason = _format_for(node, held, options, swaps)
+    if weight_format is not None and node.linear is not None:
+        backend, compute, why = choose(weight_format, device, node.linear, options)
+        return Decision(
+            node.path, node.original, "quantised", f"{reason}{why}", weight_format, compute, backend
+        )
+    if fp32(node.original):
+        return Decision(
+            node.path, node.original, "resident" if node.leaf else "own", "stays fp32 by the host's rule"
+        )
+    if node.linear is not None:
+        return Decision(node.path, node.original, "linear", reason)
+    raise InvalidOption(f"no rule covers the module {node.path!r}; the host patch must name it.")
+
+
+def _format_for(
+    node: Node, held: Mapping[str, str] | None, options: Options, swaps: Callable[[str], bool]
+) -> tuple[str | None, str]:
+    """The format a Linear gets, or None and why it stays unquantised."""
+    if node.linear is None:
+        return None, "not a Linear"
+    for pattern in options.skip:
+        if fnmatch.fnmatchcase(node.path, pattern) or fnmatch.fnmatchcase(node.original, pattern):
+            return None, f"skipped by {pattern!r}"
+    in_file = held.get(node.original) if held is not None else None
+    if options.weights == "keep" or (options.weights == "auto" and held is not None):
+        return in_file, f"the file holds {in_file}" if in_file else "the file holds it unquantised"
+    if not swaps(node.original) and in_file is None:
+        return None, "not one of the Linears worth quantising"
+    wanted = "fp8" if options.weights == "auto" else options.weights
+    refusal = FORMATS[wanted].refuses(*node.linear)
+    if refusal is not None:
+        return None, f"{wanted} does not fit: {refusal}"
+    return wanted, f"weights={options.weights}" if in_file in (
+        None,
+        wanted,
+    ) else f"weights={wanted}, was {in_file}"
+
+
+def choose(
+    weight_format: str, device: torch.device, shape: tuple[int, int], options: Options
+) -> tuple[str, str, str]:
+    """The backend and compute for one layer, and what was passed over: (backend, compute, reason)."""
+    refusals: dict[str, str] = {}
+    for backend in _candidates(options):
+        for compute in backend.computes(weight_format) if options.compute == "auto" else (options.compute,):
+            refusal = backend.refuses(weight_format, compute, device, shape)
+            if refusal is None:
+                passed = "; ".join(f"{name} refused: {why}" for name, why in refusals.items())
+                return backend.name, compute, f"; {passed}" if passed else ""
+            refusals[f"{backend.name} {compute}"] = refusal
+    wanted = f"compute={options.compute!r} with backend={options.backend!r} for {weight_format} weights on {device}"
+    raise BackendUnavailable(wanted, refusals)
+
+
+def _candidates(options: Options) -> list[Backend]:
+    if options.backend != "auto":
+        return [backend_named(options.backend)]
+    names = ("reference",) if options.compute == "fp32" else AUTOMATIC
+    return [backend_named(name) for name in names]

@@ -1,0 +1,140 @@
+"""Modules that stay fp32 inside a bf16 host, by a subclass that casts at its edges.
+
+Stock hosts fail with an fp32 patch embedding, head or time projection (the dtypes of input and weight differ) and cast
+everything on `.to(dtype)`. Each resident's class becomes a subclass of its own class that computes in fp32, returns
+the dtype it was given, and keeps its parameters' dtype under `_apply` (`.to(dtype)`, `.half()`, a pipeline's `.to`).
+The subclasses are made on demand from the base class alone, so deepcopy and pickle rebuild them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+Move = Callable[[torch.Tensor], torch.Tensor]
+COMPUTE_DTYPE = (
+    "_wan_runtime_dtype"  # an empty tensor on the model: follows `.to(dtype)`, so it is the compute dtype
+)
+
+
+def keeping_dtype(move: Move) -> Move:
+    """A `Module._apply` function that moves a tensor's device and never changes its dtype."""
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        moved = move(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return keep
+
+
+class _OwnDtype(nn.Module):
+    """Keeps the dtype of the module's own parameters and buffers; its children decide for themselves."""
+
+    def _apply(self, fn: Move, recurse: bool = True) -> Any:
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        own_dtype = self._buffers.pop(COMPUTE_DTYPE, None)
+        super()._apply(keeping_dtype(fn), recurse=False)
+        if own_dtype is not None:
+            self._buffers[COMPUTE_DTYPE] = fn(own_dtype)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        kind, base = self._wan_runtime_kind
+        return _rebuild, (kind, base), self.__getstate__()
+
+
+class _Resident(_OwnDtype):
+    """A leaf computed in fp32: floating-point inputs are cast up, the result back to the first input's dtype."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+        args = tuple(_up(a) for a in args)
+        result = super().forward(*args, **{name: _up(a) for name, a in kwargs.items()})
+        if first is not None and first.is_floating_point() and isinstance(result, torch.Tensor):
+            return result.to(first.dtype)
+        return result
+
+
+class _Fp32Bias(_OwnDtype):
+    """An unquantised Linear: the weight in the compute dtype, the bias in fp32 and added in fp32."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def _apply(self, fn: Move, recurse: bool = True) -> Any:
+        bias = self._parameters.pop("bias")
+        nn.Module._apply(self, fn, recurse)
+        if bias is not None:
+            bias = nn.Parameter(keeping_dtype(fn)(bias.data), requires_grad=bias.requires_grad)
+        self._parameters["bias"] = bias
+        return self
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        product = nn.functional.linear(input, self.weight.to(input.dtype))
+        return product if self.bias is None else product.add_(self.bias)
+
+
+class _Model(_OwnDtype):
+    """The host model itself: `dtype` is the compute dtype, whatever its first parameter is."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        marker = self._buffers[COMPUTE_DTYPE]
+        assert marker is not None
+        return marker.dtype
+
+
+_KINDS: dict[str, type[nn.Module]] = {
+    "own": _OwnDtype,
+    "resident": _Resident,
+    "linear": _Fp32Bias,
+    "model": _Model,
+}
+
+
+def _up(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+@functools.cache
+def _subclass(kind: str, base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` with a kind's behaviour, under the base's own name: hosts look classes up by name."""
+    fields = {
+        "_wan_runtime_kind": (kind, base),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+    }
+    return type(base.__name__, (_KINDS[kind], base), fields)
+
+
+def _rebuild(kind: str, base: type[nn.Module]) -> nn.Module:
+    cls = _subclass(kind, base)
+    return cls.__new__(cls)
+
+
+def become(module: nn.Module, kind: str) -> None:
+    """Give a module the behaviour of a kind: own, resident, linear or model. Its tensors are left as they are."""
+    module.__class__ = _subclass(kind, original_class(module))
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module had before `become`."""
+    kind = getattr(type(module), "_wan_runtime_kind", None)
+    return kind[1] if kind else type(module)
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """Which kind `become` made a module, or None."""
+    kind = getattr(type(module), "_wan_runtime_kind", None)
+    return kind[0] if kind else None
+
+
+def restore(module: nn.Module) -> None:
+    """Undo `become`."""
+    module.__class__ = original_class(module)

@@ -1,0 +1,244 @@
+"""Executes a plan and can undo it: the only code that sets a module.
+
+With a file, everything is read and checked into a stage beside the model first, and the model changes only when the
+whole file was right; a failed load leaves it as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from wan_runtime.checkpoint import Loaded
+from wan_runtime.errors import InvalidOption
+from wan_runtime.formats import FORMATS
+from wan_runtime.linear import QuantLinear
+from wan_runtime.names import Spelling, from_original
+from wan_runtime.plan import Decision
+from wan_runtime.residents import COMPUTE_DTYPE, become, kind_of, restore
+
+STATE = "_wan_runtime"  # attribute of a patched model: its Patched record
+
+
+@dataclass
+class Stage:
+    """What was read for each module, by the host's path: slots of quantised weights, and plain tensors by leaf."""
+
+    slots: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Patched:
+    """What `undo` needs: the decisions, and the dtypes the host's tensors had, by state-dict key."""
+
+    decisions: tuple[Decision, ...]
+    dtypes: Mapping[str, torch.dtype]
+    report: object
+
+
+def stage(
+    items: Iterable[Loaded], decisions: Sequence[Decision], spelling: Spelling, dtype: torch.dtype
+) -> Stage:
+    """Collect a checkpoint's stream as the plan wants it: requantised or dequantised where the plan differs."""
+    staged = Stage()
+    decided = {_bare(d.path): d for d in decisions}
+    for item in items:
+        path = from_original(spelling, item.path)
+        if item.format is not None:
+            _stage_weight(staged, decided[path], path, item, dtype)
+            continue
+        module, _, leaf = path.rpartition(".")
+        _stage_tensor(staged, decided[module], module, leaf, item.slots["tensor"], dtype)
+    return staged
+
+
+def _stage_tensor(
+    staged: Stage, decision: Decision, module: str, leaf: str, tensor: torch.Tensor, dtype: torch.dtype
+) -> None:
+    if decision.action == "quantised" and leaf == "weight":
+        assert decision.format is not None
+        staged.slots[module] = FORMATS[decision.format].quantize(tensor, True)
+    else:
+        held = dtype if decision.action == "linear" and leaf == "weight" else torch.float32
+        staged.tensors.setdefault(module, {})[leaf] = tensor.to(held)
+
+
+def _stage_weight(staged: Stage, decision: Decision, module: str, item: Loaded, dtype: torch.dtype) -> None:
+    assert item.format is not None
+    if decision.format == item.format:
+        staged.slots[module] = dict(item.slots)
+        return
+    weight = FORMATS[item.format].dequantize({n: t for n, t in item.slots.items() if n != "input_scale"})
+    _stage_tensor(staged, decision, module, "weight", weight, dtype)
+
+
+def _bare(path: str) -> str:
+    """A module's path without the level that an adapter put in between."""
+    return path.removesuffix(".base_layer")
+
+
+def execute(
+    model: nn.Module,
+    decisions: Sequence[Decision],
+    staged: Stage | None,
+    dtype: torch.dtype,
+    device_type: str,
+    *,
+    static: bool = False,
+) -> Mapping[str, torch.dtype]:
+    """Make the model what the plan says; returns the dtypes its tensors had, by state-dict key, for `undo`.
+
+    Without a stage the weights come from the model itself, one layer at a time.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    for decision in decisions:
+        module = model.get_submodule(decision.path)
+        tensors = staged.tensors.get(_bare(decision.path), {}) if staged else {}
+        if decision.action == "quantised":
+            slots = staged.slots.pop(_bare(decision.path)) if staged else None
+            quantised = _quantised(decision, module, slots, tensors.get("bias"), dtype, device_type, static)
+            _set(model, decision.path, quantised)
+        else:
+            _fill(module, tensors, decision, dtype)
+            become(module, decision.action)
+    model.register_buffer(COMPUTE_DTYPE, torch.empty(0, dtype=dtype), persistent=False)
+    return dtypes
+
+
+def _quantised(
+    decision: Decision,
+    module: nn.Module,
+    slots: dict[str, torch.Tensor] | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    device_type: str,
+    static: bool,
+) -> QuantLinear:
+    assert isinstance(module, nn.Linear) and decision.format and decision.backend and decision.compute
+    if slots is None:
+        slots = FORMATS[decision.format].quantize(module.weight.detach(), True)
+        bias = None if module.bias is None else module.bias.detach()
+    quantised = QuantLinear(
+        module.in_features,
+        module.out_features,
+        format=decision.format,
+        slots=slots,
+        bias=bias,
+        backend=decision.backend,
+        compute=decision.compute,
+        planned_for=device_type,
+        static=static,
+        reads_as=dtype,
+    )
+    return quantised.train(module.training)
+
+
+def _fill(
+    module: nn.Module, tensors: Mapping[str, torch.Tensor], decision: Decision, dtype: torch.dtype
+) -> None:
+    """Give a module's own parameters their staged values, or cast what they hold."""
+    for leaf, parameter in list(module._parameters.items()):
+        if parameter is None:
+            continue
+        held = dtype if decision.action == "linear" and leaf == "weight" else torch.float32
+        value = tensors[leaf] if tensors else parameter.detach().to(held)
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+
+def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def undo(model: nn.Module) -> None:
+    """Put the module tree back: Linears with dequantised weights, every tensor in the dtype it had."""
+    patched = patched_state(model)
+    if patched is None:
+        raise InvalidOption("the model is not patched, so there is nothing to undo.")
+    for decision in patched.decisions:
+        path = _unwrapped(model, decision.path)
+        module = model.get_submodule(path)
+        if isinstance(module, QuantLinear):
+            _set(model, path, _float_linear(module, decision.path, patched.dtypes))
+            continue
+        if kind_of(module) is not None:
+            restore(module)
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                name = f"{decision.path}.{leaf}" if decision.path else leaf
+                parameter.data = parameter.data.to(patched.dtypes[name])
+    del model._buffers[COMPUTE_DTYPE]
+    model._non_persistent_buffers_set.discard(COMPUTE_DTYPE)
+    delattr(model, STATE)
+
+
+def _unwrapped(model: nn.Module, path: str) -> str:
+    """Where a module is now: an adapter loaded after the patch wraps it as `base_layer`."""
+    inner = f"{path}.base_layer" if path else "base_layer"
+    return inner if isinstance(getattr(model.get_submodule(path), "base_layer", None), nn.Module) else path
+
+
+def _float_linear(module: QuantLinear, path: str, dtypes: Mapping[str, torch.dtype]) -> nn.Linear:
+    dtype = dtypes[f"{path}.weight"]
+    linear = nn.Linear(
+        module.in_features, module.out_features, bias=module.bias is not None, device="meta", dtype=dtype
+    )
+    weight = FORMATS[module.format].dequantize(module.slots).to(dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias.detach().to(dtypes[f"{path}.bias"]), requires_grad=False)
+    return linear.train(module.training)
+
+
+def patched_state(model: nn.Module) -> Patched | None:
+    """The record a patched model carries, or None."""
+    state = model.__dict__.get(STATE)
+    return state if isinstance(state, Patched) else None
+
+
+def remember(model: nn.Module, patched: Patched) -> None:
+    """Attach the record that makes a second patch a no-op and `undo` possible."""
+    model.__dict__[STATE] = patched
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of a model's parameters, on whatever device."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def verify_residents(model: nn.Module, decisions: Sequence[Decision]) -> None:
+    """Assert after every patch that what must be fp32 is, and that no slot was left on the meta device."""
+    for decision in decisions:
+        module = model.get_submodule(decision.path)
+        for leaf, parameter in module._parameters.items():
+            if parameter is None or (decision.action == "linear" and leaf == "weight"):
+                continue
+            is_payload = (
+                isinstance(module, QuantLinear) and leaf != "bias" and not parameter.is_floating_point()
+            )
+            if not is_payload and parameter.dtype is not torch.float32:
+                raise AssertionError(
+                    f"{decision.path}.{leaf} is {parameter.dtype} after the patch and must be fp32."
+                )
+            if parameter.is_meta:
+                raise AssertionError(f"{decision.path}.{leaf} was left on the meta device by the patch.")
+
+
+def refuse_unswappable(model: nn.Module, decisions: Sequence[Decision]) -> None:
+    """Refuse Linears that something else already quantised or hooked; a swap would lose its work without a word."""
+    for decision in decisions:
+        module = model.get_submodule(decision.path)
+        weight = module._parameters.get("weight")
+        if decision.action == "quantised" and weight is not None and type(weight) is not nn.Parameter:
+            raise InvalidOption(
+                f"{decision.path}.weight is a {type(weight).__module__}.{type(weight).__name__}: another library already "
+                "quantised it. Load the model unquantised, then patch it."
+            )
+        if hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"):
+            raise InvalidOption(
+                f"{decision.path} is managed by an offloading hook. Patch the model first, then enable offloading."
+            )
