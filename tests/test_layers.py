@@ -22,7 +22,12 @@ package.__path__ = ["wan_runtime"]
 sys.modules["wan_runtime"] = package
 
 def load(name):
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name not in OPTIONAL:
+            raise
+        return
     inner = () if name == "wan_runtime.tiny" else getattr(module, "__path__", ())  # its scripts use the library
     for info in pkgutil.iter_modules(inner):
         if not info.name.startswith("__"):
@@ -39,6 +44,8 @@ for layer in layers:
 print(json.dumps(wrong))
 """
 
+# A kernel or backend file may need one of these at its top: it is imported only where the wheel is there.
+OPTIONAL = ("triton", "transformer_engine")
 LAZY = ("transformer_engine", "triton", "diffusers", "transformers")
 
 
@@ -57,7 +64,7 @@ def run(root: Path, code: str, *, stdin: str = "") -> str:
 
 @pytest.mark.slow
 def test_no_layer_loads_a_higher_one(root: Path) -> None:
-    assert json.loads(run(root, CLIMB, stdin=json.dumps(layers_of(root)))) == []
+    assert json.loads(run(root, f"OPTIONAL = {OPTIONAL!r}\n{CLIMB}", stdin=json.dumps(layers_of(root)))) == []
 
 
 def test_every_layer_of_the_contract_exists(root: Path) -> None:
@@ -98,7 +105,8 @@ def imports_of(path: Path, package: str) -> Iterator[tuple[str, str]]:
 
 def test_the_server_uses_the_public_names_only(root: Path) -> None:
     public = public_names(root)
-    allowed = ("wan_runtime.serve", "wan_runtime.tiny")
+    # Endpoints are a catalogue like formats and hosts are; the tiny model is data.
+    allowed = ("wan_runtime.serve", "wan_runtime.catalogue", "wan_runtime.tiny")
     wrong = []
     for path in sorted((root / "serve").rglob("*.py")):
         package = ".".join(["wan_runtime", *path.relative_to(root).parent.parts])
