@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wan_runtime.api import inspect, load, patch, unpatch
+    from wan_runtime.catalogue import Catalogue
     from wan_runtime.comparing import compare
     from wan_runtime.converting import convert
-    from wan_runtime.generating import ClipRequest, generate
+    from wan_runtime.errors import InvalidRequest, WanRuntimeError
+    from wan_runtime.generating import ClipProfile, ClipRequest, clip_profile, frames_for, generate
     from wan_runtime.pipelines import load_pipeline
     from wan_runtime.video import write_video
 
@@ -21,7 +23,13 @@ _HOME = {
     "inspect": "api",
     "compare": "comparing",
     "convert": "converting",
+    "Catalogue": "catalogue",
+    "InvalidRequest": "errors",
+    "WanRuntimeError": "errors",
+    "ClipProfile": "generating",
     "ClipRequest": "generating",
+    "clip_profile": "generating",
+    "frames_for": "generating",
     "generate": "generating",
     "load_pipeline": "pipelines",
     "write_video": "video",
@@ -29,9 +37,15 @@ _HOME = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "Catalogue",
+    "ClipProfile",
     "ClipRequest",
+    "InvalidRequest",
+    "WanRuntimeError",
+    "clip_profile",
     "compare",
     "convert",
+    "frames_for",
     "generate",
     "inspect",
     "load",

@@ -12,15 +12,17 @@ import math
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from wan_runtime.errors import InvalidRequest, WanRuntimeError
 
 if TYPE_CHECKING:
     import numpy as np
-    from diffusers import WanPipeline
     from numpy.typing import NDArray
 
+Pipeline: TypeAlias = (
+    Any  # a diffusers.WanPipeline, whose attributes carry no types that a checker could read
+)
 MAX_STEPS = 200
 MAX_FPS = 60
 MAX_PROMPT = 4096  # characters; UMT5 reads 512 tokens and cuts the rest
@@ -156,7 +158,7 @@ def frames_for(seconds: float, fps: int) -> int:
     return FRAMES_PER_LATENT * max(round((seconds * fps - 1) / FRAMES_PER_LATENT), 1) + 1
 
 
-def clip_profile(pipe: WanPipeline) -> ClipProfile:
+def clip_profile(pipe: Pipeline) -> ClipProfile:
     """What `pipe` accepts, from its own configuration; the defaults are those its model was published with."""
     config = (pipe.transformer or pipe.transformer_2).config
     scale = int(pipe.vae_scale_factor_spatial) * int(config.patch_size[1])
@@ -166,12 +168,18 @@ def clip_profile(pipe: WanPipeline) -> ClipProfile:
         second = 4.0 if two else None
         return ClipProfile(
             **common, width=128, height=128, num_frames=17, fps=8, num_inference_steps=20, guidance_scale=4.0,
-            guidance_scale_2=second, max_pixels=256 * 256, max_frames=33,
+            guidance_scale_2=second, max_pixels=256 * 256, max_frames=65,
         )  # fmt: skip
     common |= {"max_pixels": 1920 * 1088, "max_frames": 257}
     if config.in_channels == 48:  # Wan2.2 TI2V-5B
         return ClipProfile(
-            **common, width=1280, height=704, num_frames=121, fps=24, num_inference_steps=50, guidance_scale=5.0
+            **common,
+            width=1280,
+            height=704,
+            num_frames=121,
+            fps=24,
+            num_inference_steps=50,
+            guidance_scale=5.0,
         )
     if two:  # Wan2.2 T2V-A14B
         return ClipProfile(
@@ -183,9 +191,7 @@ def clip_profile(pipe: WanPipeline) -> ClipProfile:
     )
 
 
-def generate(
-    pipe: WanPipeline, request: ClipRequest, on_step: Callable[[int, int], None] | None = None
-) -> Clip:
+def generate(pipe: Pipeline, request: ClipRequest, on_step: Callable[[int, int], None] | None = None) -> Clip:
     """Makes one clip.
 
     `on_step(done, steps)` runs after each denoising step, `done` counting from 1; what it raises ends the denoising
@@ -229,7 +235,7 @@ def generate(
 
 
 @contextlib.contextmanager
-def _scheduler_of(pipe: WanPipeline, flow_shift: float | None) -> Iterator[None]:
+def _scheduler_of(pipe: Pipeline, flow_shift: float | None) -> Iterator[None]:
     """Lends the pipeline a scheduler with another flow shift, for one clip."""
     if flow_shift is None:
         yield
@@ -239,7 +245,9 @@ def _scheduler_of(pipe: WanPipeline, flow_shift: float | None) -> Iterator[None]
     names = [name for name in ("flow_shift", "shift") if name in own.config]
     if not names:
         raise InvalidRequest(
-            "flow_shift", "invalid_flow_shift", f"This model's scheduler, {type(own).__name__}, has no flow shift."
+            "flow_shift",
+            "invalid_flow_shift",
+            f"This model's scheduler, {type(own).__name__}, has no flow shift.",
         )
     pipe.scheduler = type(own).from_config(own.config, **{names[0]: flow_shift})
     try:
@@ -273,4 +281,6 @@ def _check_range(name: str, value: float, low: float, high: float | None, unit: 
     bounds = f"from {low} to {high}" if high is not None else f"at least {low}"
     if not math.isfinite(value) or value < low or (high is not None and value > high):
         code = "invalid_size" if name in ("width", "height") else f"invalid_{name}"
-        raise InvalidRequest(name, code, f"{name} is {value}; it must be {bounds}{' ' if unit else ''}{unit}.")
+        raise InvalidRequest(
+            name, code, f"{name} is {value}; it must be {bounds}{' ' if unit else ''}{unit}."
+        )

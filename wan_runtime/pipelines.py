@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_runtime.errors import InvalidOption
+from wan_runtime.generating import Pipeline
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import WanPipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 A14B_BOUNDARY = 0.875  # where Wan2.2 T2V-A14B hands over to its low-noise expert, as published
@@ -43,7 +43,7 @@ def load_pipeline(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **patch_options: Any,
-) -> WanPipeline:
+) -> Pipeline:
     """A text-to-video pipeline around `checkpoint`, ready to generate.
 
     checkpoint      the transformer's file, of any dialect; None is the bundled tiny model
@@ -71,7 +71,7 @@ def load_pipeline(
     index = _pipeline_config(base)
     boundary = _boundary(index, base, checkpoint_low is not None)
     low = load(checkpoint_low, **options) if checkpoint_low else None
-    pipe = _assemble(base, text_encoder, vae, device, dtype, {
+    pipe = _assemble(base, index, text_encoder, vae, device, dtype, {
         "transformer": transformer,
         "transformer_2": low,
         "boundary_ratio": boundary,
@@ -83,14 +83,14 @@ def load_pipeline(
 
 def _assemble(
     base: str,
+    index: dict[str, Any],
     text_encoder: Path | str | None,
     vae: Path | str | None,
     device: torch.device,
     dtype: torch.dtype,
     parts: dict[str, Any],
-) -> WanPipeline:
+) -> Pipeline:
     import diffusers
-    import torch
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     def part(cls: Any, folder: str, given: Path | str | None = None, **options: Any) -> Any:
@@ -100,14 +100,15 @@ def _assemble(
         except (OSError, ValueError) as error:
             raise InvalidOption(f"No {folder} could be read from {where[0]!r}: {error}") from error
 
-    scheduler_class = diffusers.SchedulerMixin.load_config(base, subfolder="scheduler")["_class_name"]
     encoder = part(UMT5EncoderModel, "text_encoder", text_encoder, dtype=dtype, use_safetensors=True)
-    decoder = part(diffusers.AutoencoderKLWan, "vae", vae, use_safetensors=True)
-    pipe = diffusers.WanPipeline(
+    decoder = part(
+        diffusers.AutoencoderKLWan, "vae", vae, use_safetensors=True
+    )  # fp32, diffusers' own default
+    pipe: Pipeline = diffusers.WanPipeline(  # type: ignore[no-untyped-call]
         tokenizer=part(AutoTokenizer, "tokenizer"),
         text_encoder=encoder.to(device).eval(),
-        vae=decoder.to(device, torch.float32).eval(),
-        scheduler=part(getattr(diffusers, scheduler_class), "scheduler"),
+        vae=decoder.to(device).eval(),
+        scheduler=part(getattr(diffusers, index["scheduler"][1]), "scheduler"),
         **parts,
     )
     pipe.set_progress_bar_config(disable=True)
@@ -127,7 +128,14 @@ def _check_directory(option: str, part: Path | str | None) -> None:
 def _base_of(transformer: Any, checkpoint: Path | str) -> Path:
     """The bundled base, if the checkpoint is of the tiny model; every other needs its own."""
     tiny = json.loads((tiny_base() / "transformer" / "config.json").read_text())
-    sizes = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim")
+    sizes = (
+        "num_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "in_channels",
+        "out_channels",
+        "text_dim",
+    )
     if all(transformer.config[name] == tiny[name] for name in sizes):
         return tiny_base()
     raise InvalidOption(
@@ -166,7 +174,7 @@ def _boundary(index: dict[str, Any], base: str, two_experts: bool) -> float | No
     return float(boundary)
 
 
-def _check_fit(pipe: WanPipeline, base: str) -> None:
+def _check_fit(pipe: Pipeline, base: str) -> None:
     """The parts' widths must agree: where they do not, diffusers fails in the middle of a clip, or draws noise."""
     for name in ("transformer", "transformer_2"):
         model = getattr(pipe, name)
@@ -179,6 +187,8 @@ def _check_fit(pipe: WanPipeline, base: str) -> None:
         }
         wrong = [f"{what} {has}, base {wants}" for what, (has, wants) in pairs.items() if has != wants]
         if wrong:
-            hint = " An image-to-video checkpoint has more channels in than out; this serves text-to-video only."
+            hint = (
+                " An image-to-video checkpoint has more channels in than out; this serves text-to-video only."
+            )
             image = hint if model.config.in_channels > model.config.out_channels else ""
             raise InvalidOption(f"The {name} does not fit --base {base}: {'; '.join(wrong)}.{image}")

@@ -27,7 +27,14 @@ def write_video(
     Raises InvalidOption for frames of another kind.
     """
     shape = tuple(frames.shape)
-    if frames.dtype != "uint8" or len(shape) != 4 or shape[3] != 3 or 0 in shape or shape[1] % 2 or shape[2] % 2:
+    if (
+        frames.dtype != "uint8"
+        or len(shape) != 4
+        or shape[3] != 3
+        or 0 in shape
+        or shape[1] % 2
+        or shape[2] % 2
+    ):
         raise InvalidOption(
             f"A clip is uint8 frames [F, H, W, 3] with even height and width; these are {frames.dtype} {list(shape)}."
         )
@@ -53,7 +60,7 @@ def write_video(
 
 def _encode(frames: NDArray[np.uint8], path: Path, fps: int, metadata: Mapping[str, str]) -> None:
     import av
-    from av.video.reformatter import Colorspace, ColorRange
+    from av.video.reformatter import ColorRange, Colorspace
 
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         container.metadata.update(metadata)

@@ -1,0 +1,179 @@
+"""From the body of a create to a clip request. The `openai` client always sends multipart, curl users send JSON.
+
+In a form every value is a string and nested ones come bracketed (`input_reference[image_url]`). A field that is not
+known is refused, not dropped: someone who writes `step=8` must not wait for 50 steps.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.types import Message
+
+from wan_runtime import ClipProfile, ClipRequest, InvalidRequest, frames_for
+
+from .errors import ApiError
+
+MAX_JSON = 2**20  # bytes
+MAX_FORM = 32 * 2**20  # bytes; room for an image, whose refusal says more than "too large"
+SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+
+
+class CreateVideo(BaseModel):
+    """What a client may ask for. The first four are OpenAI's; the rest are ours, and all but the prompt optional."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    prompt: str = Field(description="What the clip is to show.")
+    model: str | None = Field(None, description="The served model's name, as /v1/models gives it.")
+    seconds: float | None = Field(None, gt=0, le=600, description="Length; snapped to 4n+1 frames at `fps`.")
+    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, such as 832x480.")
+    negative_prompt: str | None = Field(None, description="What it is not to show.")
+    seed: int | None = Field(None, description="Of the first noise; random, and told, if left out.")
+    num_inference_steps: int | None = Field(None, description="Denoising steps, 1 to 200.")
+    guidance_scale: float | None = Field(
+        None, description="How strongly the prompt is followed; 1 turns it off."
+    )
+    guidance_scale_2: float | None = Field(
+        None, description="The same for the low-noise expert of a two-expert model."
+    )
+    num_frames: int | None = Field(None, description="4n+1; instead of `seconds`.")
+    fps: int | None = Field(None, description="Frames a second.")
+    width: int | None = Field(None, description="With `height`, instead of `size`.")
+    height: int | None = Field(None, description="With `width`, instead of `size`.")
+    flow_shift: float | None = Field(None, description="Of the scheduler, for this clip.")
+
+
+async def read_create(request: Request) -> CreateVideo:
+    """The body of a create, from multipart, a plain form or JSON. Raises ApiError for anything that is not one."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        fields = await _read_form(request)
+    elif kind == "application/json":
+        fields = await _read_json(request)
+    else:
+        raise ApiError(
+            415,
+            "unsupported_media_type",
+            f"The body is {kind or 'of no stated type'}. Send multipart/form-data (as the openai client does) or "
+            "application/json.",
+        )
+    if any(name.partition("[")[0] == "input_reference" for name in fields):
+        raise ApiError(
+            422,
+            "input_reference_unsupported",
+            "input_reference cannot be used: this server runs a text-to-video model, which takes no start image.",
+            param="input_reference",
+        )
+    try:
+        return CreateVideo.model_validate(fields)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def clip_request(asked: CreateVideo, profile: ClipProfile) -> ClipRequest:
+    """The request in full: the model's defaults where the client was silent. Raises ApiError with the numbers."""
+    width, height = _size(asked)
+    fps = asked.fps if asked.fps is not None else profile.fps
+    given = asked.model_dump(exclude={"prompt", "model", "seconds", "size", "width", "height"})
+    try:
+        if asked.seconds is not None:
+            given["num_frames"] = _frames(asked.seconds, fps, asked.num_frames)
+        return profile.request(asked.prompt, width=width, height=height, **given)
+    except InvalidRequest as error:
+        param = "size" if asked.size is not None and error.param in ("width", "height") else error.param
+        raise ApiError(422, error.code, str(error), param=param) from None
+
+
+async def _read_json(request: Request) -> dict[str, Any]:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        _check_length(len(body), MAX_JSON)
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "invalid_json", f"The body is not JSON: {error}.") from None
+    if not isinstance(fields, dict):
+        raise ApiError(
+            400, "invalid_json", f"The body must be a JSON object; it is a {type(fields).__name__}."
+        )
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+async def _read_form(request: Request) -> dict[str, Any]:
+    size = 0
+
+    async def bounded() -> Message:
+        nonlocal size
+        message = await request.receive()
+        size += len(message.get("body", b""))
+        _check_length(size, MAX_FORM)
+        return message
+
+    fields: dict[str, Any] = {}
+    try:
+        async with Request(request.scope, bounded).form(
+            max_files=4, max_fields=64, max_part_size=2**20
+        ) as form:
+            for name, value in form.multi_items():
+                if name in fields:
+                    raise ApiError(400, "duplicate_parameter", f"{name} was sent twice.", param=name)
+                fields[name] = "a file" if isinstance(value, UploadFile) else value
+    except (MultiPartException, HTTPException) as error:
+        detail = getattr(error, "detail", None) or getattr(error, "message", error)
+        raise ApiError(400, "invalid_form", f"The form cannot be read: {detail}") from None
+    return fields
+
+
+def _check_length(size: int, limit: int) -> None:
+    if size > limit:
+        raise ApiError(413, "request_too_large", f"The body is larger than {limit} bytes.")
+
+
+def _refusal(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False)[0]
+    param = str(first["loc"][0])[:80]
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(CreateVideo.model_fields)
+        return ApiError(400, "unknown_parameter", f"{param!r} is not known. Known: {known}.", param=param)
+    if first["type"] == "missing":
+        return ApiError(422, "missing_parameter", f"{param} is missing.", param=param)
+    code = "invalid_size" if param in ("width", "height") else f"invalid_{param}"
+    message = f"{param} is {str(first['input'])[:80]!r}: {first['msg']}."
+    return ApiError(422, code, message.encode(errors="replace").decode(), param=param)
+
+
+def _size(asked: CreateVideo) -> tuple[int | None, int | None]:
+    if asked.size is None:
+        if (asked.width is None) != (asked.height is None):
+            raise ApiError(
+                422, "invalid_size", "width and height go together; only one was given.", param="size"
+            )
+        return asked.width, asked.height
+    match = SIZE.fullmatch(asked.size)
+    if match is None:
+        message = f"size is {asked.size[:80]!r}; it must be WIDTHxHEIGHT, such as 832x480."
+        raise ApiError(422, "invalid_size", message, param="size")
+    width, height = int(match[1]), int(match[2])
+    if (asked.width or width, asked.height or height) != (width, height):
+        message = (
+            f"size {asked.size} and width {asked.width}, height {asked.height} disagree. Give one of the two."
+        )
+        raise ApiError(422, "conflicting_parameters", message, param="size")
+    return width, height
+
+
+def _frames(seconds: float, fps: int, num_frames: int | None) -> int:
+    frames = frames_for(seconds, fps)
+    if num_frames is not None and num_frames != frames:
+        message = f"{seconds:g} s at {fps} fps are {frames} frames, and num_frames is {num_frames}. Give one."
+        raise ApiError(422, "conflicting_parameters", message, param="num_frames")
+    return frames

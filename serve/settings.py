@@ -1,0 +1,66 @@
+"""Everything an operator decides, in one frozen record. Below the command line nothing reads the environment."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LOOPBACK_NAMES = ("localhost",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is served, where, and with which kernels. None is each option's own default."""
+
+    checkpoint: Path | None = None
+    checkpoint_low: Path | None = None
+    base: str | None = None
+    text_encoder: Path | None = None
+    vae: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allow_remote: bool = False
+    data_dir: Path = field(default_factory=lambda: Path.home() / ".local" / "share" / "wan-serve")
+    device: str | None = None
+    dialect: str | None = None
+    weights: str = "auto"
+    compute: str = "auto"
+    backend: str = "auto"
+    log_level: str = "info"
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients give as `model`: the checkpoint's, without its folder or its ending."""
+        return self.checkpoint.stem if self.checkpoint else "wan-tiny"
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether this serves the tiny model that comes with the package."""
+        return self.checkpoint is None
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """The arguments of `wan_runtime.load_pipeline`; those at their default are left to it."""
+        options: dict[str, Any] = {
+            "checkpoint": self.checkpoint,
+            "checkpoint_low": self.checkpoint_low,
+            "base": self.base,
+            "text_encoder": self.text_encoder,
+            "vae": self.vae,
+            "device": self.device,
+            "dialect": self.dialect,
+        }
+        choices = {"weights": self.weights, "compute": self.compute, "backend": self.backend}
+        options |= {name: value for name, value in choices.items() if value != "auto"}
+        return {name: value for name, value in options.items() if value is not None}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to `host`."""
+    if host in LOOPBACK_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

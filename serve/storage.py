@@ -1,0 +1,71 @@
+"""Where clips lie. Paths come from job ids alone: nothing that a client sends ever becomes part of a path."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+ID = re.compile(r"video_[0-9a-f]{32}")
+
+
+def new_id() -> str:
+    """An id that nobody can guess: 128 random bits."""
+    return f"video_{secrets.token_hex(16)}"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The data directory: `jobs.sqlite3`, and `videos/<id>.mp4` for each completed job."""
+
+    root: Path
+
+    @property
+    def database(self) -> Path:
+        """The jobs' database."""
+        return self.root / "jobs.sqlite3"
+
+    @property
+    def videos(self) -> Path:
+        """The folder of finished clips."""
+        return self.root / "videos"
+
+    def video(self, job_id: str) -> Path:
+        """Where the clip of a job lies, once it is complete. Raises ValueError for anything but an id of ours."""
+        if not ID.fullmatch(job_id):
+            raise ValueError(f"{job_id!r} is not a job id.")
+        return self.videos / f"{job_id}.mp4"
+
+    def delete(self, job_id: str) -> None:
+        """Removes a job's clip, if there is one."""
+        self.video(job_id).unlink(missing_ok=True)
+
+    def prepare(self) -> None:
+        """Creates the folders, readable by this user alone."""
+        self.videos.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def lock(self) -> IO[str]:
+        """Takes the data directory for this process, until the returned file is closed.
+
+        Raises BlockingIOError where another server has it: two would run the same jobs.
+        """
+        file = (self.root / "lock").open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        return file
+
+    def sweep(self, keep: Iterable[str]) -> None:
+        """Removes what no job in `keep` owns: half-written clips and those whose row never said complete."""
+        names = {f"{job_id}.mp4" for job_id in keep}
+        for path in self.videos.iterdir():
+            if path.name not in names:
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
