@@ -59,7 +59,9 @@ def inputs(size: str, frames: int) -> dict[str, Any]:
     }
 
 
-def timed(model: torch.nn.Module, arguments: dict[str, Any], runs: int) -> tuple[dict[str, float], torch.Tensor]:
+def timed(
+    model: torch.nn.Module, arguments: dict[str, Any], runs: int
+) -> tuple[dict[str, float], torch.Tensor]:
     seconds = []
     torch.cuda.reset_peak_memory_stats()
     for _ in range(runs + 2):

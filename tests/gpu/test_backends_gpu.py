@@ -13,7 +13,9 @@ pytestmark = pytest.mark.gpu
 SHAPES = [(256, 256), (1536, 8960), (5120, 5120)]
 
 
-def _layer(weight_format: str, out: int, inp: int, compute: str, *, static: float | None = None) -> QuantLinear:
+def _layer(
+    weight_format: str, out: int, inp: int, compute: str, *, static: float | None = None
+) -> QuantLinear:
     weight = torch.randn(out, inp, device="cuda") * inp**-0.5
     slots = dict(FORMATS[weight_format].quantize(weight, True))
     if static is not None:
@@ -83,4 +85,6 @@ def test_one_layer_serves_several_batches_and_streams() -> None:
     with torch.cuda.stream(side):
         beside = layer(b)
     torch.cuda.current_stream().wait_stream(side)
-    assert torch.equal(layer(a), alone[0]) and torch.equal(layer(b), alone[1]) and torch.equal(beside, alone[1])
+    assert (
+        torch.equal(layer(a), alone[0]) and torch.equal(layer(b), alone[1]) and torch.equal(beside, alone[1])
+    )

@@ -51,7 +51,9 @@ def test_expand_nvfp4_matches_its_twin(shape: tuple[int, int]) -> None:
     weight[0] = 0
     slots = nvfp4.quantize(weight, True)
     codes, scale = expand_nvfp4(slots["payload"], slots["block_scale"], slots["scale"])
-    expected_codes, expected_scale = expand_nvfp4_torch(slots["payload"], slots["block_scale"], slots["scale"])
+    expected_codes, expected_scale = expand_nvfp4_torch(
+        slots["payload"], slots["block_scale"], slots["scale"]
+    )
     torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
     differ = codes.view(torch.uint8) != expected_codes.view(torch.uint8)
     assert differ.float().mean() < 1e-3

@@ -34,7 +34,7 @@ def expand_nvfp4_torch(
 @triton.jit
 def _expand_row(
     payload, block_scale, scale, codes, channel_scale, half, TOP: tl.constexpr, BLOCK: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     row = tl.program_id(0).to(tl.int64)
     pairs = tl.arange(0, BLOCK)
     inside = pairs < half
@@ -53,7 +53,7 @@ def _expand_row(
 
 
 @triton.jit
-def _e2m1(code):  # type: ignore[no-untyped-def]
+def _e2m1(code):
     magnitude = (code & 7).to(tl.int32)
     exponent = (magnitude >> 1) - 1
     normal = (1.0 + 0.5 * (magnitude & 1).to(tl.float32)) * tl.exp2(exponent.to(tl.float32))
