@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import sqlite3
 from pathlib import Path
@@ -15,7 +16,12 @@ from .app import create_app
 from .services import Services, open_services
 from .settings import Settings, is_loopback
 
-app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+# Every option can also come from the environment (WAN_SERVE_PORT for --port), which is how a container is set up.
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"auto_envvar_prefix": "WAN_SERVE"},
+)
 log = logging.getLogger("wan_serve")
 DEFAULTS = Settings()
 LEVELS = ("debug", "info", "warning", "error")
@@ -77,6 +83,8 @@ def run(settings: Settings) -> int:
         server_header=False,
     )
     server = uvicorn.Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after its orderly shutdown
+        signal.signal(number, lambda *_: None)
     with _listen(settings) as listening:
         address = f"http://{settings.host}:{listening.getsockname()[1]}"
         if settings.is_bundled:
