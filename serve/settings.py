@@ -32,8 +32,13 @@ class Settings:
 
     @property
     def model_name(self) -> str:
-        """The name that clients give as `model`: the checkpoint's, without its folder or its ending."""
-        return self.checkpoint.stem if self.checkpoint else "wan-tiny"
+        """The name that clients give as `model`: the checkpoint's file name, or its folder's where all are alike."""
+        if self.checkpoint is None:
+            return "wan-tiny"
+        if self.checkpoint.stem != "diffusion_pytorch_model":
+            return self.checkpoint.stem
+        folder = self.checkpoint.absolute().parent
+        return folder.parent.name if folder.name == "transformer" else folder.name
 
     @property
     def is_bundled(self) -> bool:

@@ -95,10 +95,21 @@ def _die_with(parent: int) -> None:
         os._exit(0)
 
 
+def _quiet_libraries() -> None:
+    """Their progress bars have no place in a server's log."""
+    from tqdm import tqdm
+    from transformers.utils.logging import disable_progress_bar
+
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed worker would leak
+    disable_progress_bar()
+
+
 def _prepare(line: Line, settings: Settings) -> tuple[Any, dict[str, Any]]:
     """The pipeline, warm, and what there is to say about it."""
     line.tell("phase", phase="importing")
     import wan_runtime
+
+    _quiet_libraries()
 
     line.tell("phase", phase="loading")
     pipe = wan_runtime.load_pipeline(**settings.pipeline_options())
