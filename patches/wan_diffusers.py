@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from wan_runtime import rules
 from wan_runtime.names import Variant
 
-from . import Host, _wan
+from . import Host
 
 CLASS = "WanTransformer3DModel"
 
@@ -43,7 +44,7 @@ HOST = Host(
     spelling="diffusers",
     classes=(f"diffusers.models.transformers.transformer_wan:{CLASS}",),
     matches=matches,
-    swaps=_wan.swaps,
-    fp32=_wan.fp32,
+    swaps=rules.swaps,
+    fp32=rules.fp32,
     build=build,
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import Host, _wan
+from wan_runtime import rules
+
+from . import Host
 
 MARKS = ("patch_embedding", "blocks.0.self_attn.q", "blocks.0.cross_attn.k", "blocks.0.ffn.0", "head.head")
 
@@ -19,6 +21,6 @@ HOST = Host(
     spelling="original",
     classes=("wan.modules.model:WanModel", "diffsynth.models.wan_video_dit:WanModel"),
     matches=matches,
-    swaps=_wan.swaps,
-    fp32=_wan.fp32,
+    swaps=rules.swaps,
+    fp32=rules.fp32,
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from wan_runtime.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from wan_runtime.api import inspect, load, patch, unpatch
     from wan_runtime.catalogue import Catalogue
@@ -35,7 +37,6 @@ _HOME = {
     "write_video": "video",
 }
 
-__version__ = "0.1.0"
 __all__ = [
     "Catalogue",
     "ClipProfile",

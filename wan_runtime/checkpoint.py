@@ -187,6 +187,12 @@ def read_layer(checkpoint: Checkpoint, path: str) -> dict[str, torch.Tensor]:
     return slots
 
 
+def read_plain(checkpoint: Checkpoint, tensor: str) -> torch.Tensor:
+    """One unquantised tensor, on the CPU, checked; fp8 ones of a plain-cast file come as fp32."""
+    key = checkpoint.plain[tensor]
+    return _plain_tensor(checkpoint, key, checkpoint.header.read_tensor(key))
+
+
 def stream(checkpoint: Checkpoint, device: torch.device) -> Iterator[Loaded]:
     """Read the file in its own order, memory-mapped, one tensor at a time onto the device; yield complete layers."""
     owners = {source.key: path for path, layer in checkpoint.layers.items() for source in layer.sources}

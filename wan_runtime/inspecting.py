@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint
+from wan_runtime.report import as_text
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,7 @@ class Inspection:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=120, force_terminal=False, color_system=None)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return as_text(self.table())
 
 
 def inspect_checkpoint(path: Path | str, dialect: str | None = None) -> Inspection:

@@ -18,7 +18,7 @@ from rich.progress import (
 from wan_runtime.checkpoint import Checkpoint, Loaded
 
 
-def watched(items: Iterator[Loaded], checkpoint: Checkpoint) -> Iterator[Loaded]:
+def watched(items: Iterator[Loaded], checkpoint: Checkpoint, doing: str = "loading") -> Iterator[Loaded]:
     """The same items, with a bar on stderr that counts the bytes read where stderr is a terminal."""
     entries = checkpoint.header.entries
     sizes = {path: entries[key].nbytes for path, key in checkpoint.plain.items()}
@@ -34,7 +34,7 @@ def watched(items: Iterator[Loaded], checkpoint: Checkpoint) -> Iterator[Loaded]
     with Progress(
         *columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
     ) as bar:
-        task = bar.add_task(f"loading {checkpoint.path.name}", total=sum(sizes.values()))
+        task = bar.add_task(f"{doing} {checkpoint.path.name}", total=sum(sizes.values()))
         for item in items:
             bar.advance(task, sizes[item.path])
             yield item

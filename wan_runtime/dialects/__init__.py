@@ -61,10 +61,14 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Marks:
-    """What a producer writes beside the layers: marker tensors and header metadata."""
+    """What a producer writes beside the layers: marker tensors and header metadata.
+
+    `layout` says what keys and shapes cannot (nibble order, block-scale layout); it goes into our own marker.
+    """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    layout: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

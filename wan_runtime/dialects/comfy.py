@@ -187,6 +187,12 @@ def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, t
     return encoded
 
 
+def marks(layers: Mapping[str, str]) -> Marks:
+    return Marks(
+        layout={"nibble": "even high", "block scales": "swizzled"} if "nvfp4" in layers.values() else {}
+    )
+
+
 DIALECT = Dialect(
     name="comfy",
     row="B1, B2",
@@ -195,5 +201,5 @@ DIALECT = Dialect(
     read=read,
     targets={"comfy-fp8": "fp8", "comfy-nvfp4": "nvfp4"},
     encode=encode,
-    marks=lambda layers: Marks(),
+    marks=marks,
 )

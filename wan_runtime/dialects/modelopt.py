@@ -103,6 +103,10 @@ def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, t
     return encoded
 
 
+def marks(layers: Mapping[str, str]) -> Marks:
+    return Marks(layout={"nibble": "even low", "block scales": "plain"} if "nvfp4" in layers.values() else {})
+
+
 DIALECT = Dialect(
     name="modelopt",
     row="C1, C2",
@@ -111,5 +115,5 @@ DIALECT = Dialect(
     read=read,
     targets={"modelopt-fp8": "fp8", "modelopt-nvfp4": "nvfp4"},
     encode=encode,
-    marks=lambda layers: Marks(),
+    marks=marks,
 )

@@ -1,4 +1,4 @@
-"""What every WAN transformer shares, in the original release's names: the Linears worth quantising, the fp32 residents."""
+"""What every WAN transformer shares, by path in the original names: which Linears to quantise, what stays fp32."""
 
 from __future__ import annotations
 
@@ -21,3 +21,11 @@ def swaps(path: str) -> bool:
 def fp32(path: str) -> bool:
     """Norms, modulation, and the patch, time, text and image embeddings and the head."""
     return _FP32.fullmatch(path) is not None
+
+
+def stored_fp32(tensor: str, rank: int) -> bool:
+    """Whether an unquantised tensor is written in fp32: norms, biases, modulation and position embeddings.
+
+    `tensor` is the path with its leaf. They take under a hundredth of a file, and rounding them shows.
+    """
+    return rank < 2 or not tensor.endswith(".weight")

@@ -1,0 +1,357 @@
+"""`wan-runtime`: inspect, compare and convert checkpoints, check the machine, make a clip, patch a script.
+
+This is where options become arguments. Commands import what they need when they run, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+from typer.core import TyperGroup
+
+from wan_runtime.errors import InvalidOption, UnknownName, WanRuntimeError
+from wan_runtime.version import VERSION
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FAILED, MISUSED, TERMINATED = 1, 2, 128 + signal.SIGTERM
+
+
+class Commands(TyperGroup):
+    """Prints what this library raises on purpose as one sentence, and gives the exit status its meaning."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with _terminable():
+                return super().invoke(ctx)
+        except WanRuntimeError as error:
+            _fail(str(error), MISUSED if isinstance(error, InvalidOption | UnknownName) else FAILED)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in ("diffusers", "transformers", "av"):
+                raise
+            _fail(
+                f"{error.name} is not installed. Install it with: pip install 'wan-runtime[diffusers]'",
+                FAILED,
+            )
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of a pipe has gone, which click knows how to end
+                raise
+            _fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), FAILED)
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="wan-runtime",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run FP8 and NVFP4 WAN video checkpoints, whoever wrote them: right or refused, never noise.",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Dialect = Annotated[
+    str | None,
+    typer.Option(
+        help="Who wrote the file, where its marks do not say: comfy, modelopt, comfy_scaled_fp8, ..."
+    ),
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option(help="The bf16 file it was made from; settles a file that several dialects fit."),
+]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: the GPU if there is one.")]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(help="Modules to leave unquantised, a pattern such as 'blocks.0.*'; may be given again."),
+]
+Weights = Annotated[str, typer.Option(help="Format to hold the weights in: auto, fp8, nvfp4, keep.")]
+Compute = Annotated[str, typer.Option(help="Precision to multiply in: auto, fp8, bf16, fp32.")]
+Backend = Annotated[str, typer.Option(help="Who multiplies: auto, torch, te, reference.")]
+Attention = Annotated[str, typer.Option(help="Attention kernel: auto, fa3, cudnn, sdpa, fp8.")]
+Fuse = Annotated[
+    bool, typer.Option("--fuse/--no-fuse", help="Use the fused block forward where there is one.")
+]
+Activation = Annotated[
+    str, typer.Option(help="Activation scales: dynamic (one a token) or static (the file's input_scale).")
+]
+
+
+class Result(Protocol):
+    """What every command prints: a value with a table and a JSON form."""
+
+    def table(self) -> Table: ...
+
+    def to_dict(self) -> dict[str, object]: ...
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"wan-runtime {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Run FP8 and NVFP4 WAN video checkpoints, whoever wrote them: right or refused, never noise."""
+
+
+@app.command()
+def inspect(
+    files: Annotated[list[Path], typer.Argument(help="Checkpoints (.safetensors) or folders that hold one.")],
+    dialect: Dialect = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a checkpoint is and who wrote it, from its header alone."""
+    import wan_runtime
+
+    results = [wan_runtime.inspect(file, dialect=dialect) for file in files]
+    if as_json:
+        typer.echo(json.dumps([result.to_dict() for result in results], indent=2))
+        return
+    for result in results:
+        _show(result, False)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="The file that works, or that the host expects.")],
+    b: Annotated[Path, typer.Argument(help="The file in question.")],
+    layer: Annotated[
+        str | None, typer.Option(help="The layer to show; default: blocks.0.cross_attn.k.")
+    ] = None,
+    errors: Annotated[
+        bool, typer.Option("--errors", help="Read the weights too: how far apart they are, layer by layer.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put two checkpoints side by side: how they differ, what a host would get wrong, what to do."""
+    import wan_runtime
+
+    _show(wan_runtime.compare(a, b, layer=layer, errors=errors), as_json)
+
+
+@app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(help="The checkpoint to read.")],
+    dst: Annotated[
+        Path, typer.Argument(help="The .safetensors file to write; replaced once it is complete.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="bf16, comfy-fp8-scaled, comfy-fp8, comfy-nvfp4, modelopt-fp8 or modelopt-nvfp4.",
+            show_default=False,
+        ),
+    ],
+    names: Annotated[str, typer.Option(help="Module names to write: original, diffusers or keep.")] = "keep",
+    dialect: Dialect = None,
+    reference: Reference = None,
+    skip: Skip = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint in another dialect, format or spelling; exact where both hold the same format."""
+    import wan_runtime
+
+    report = wan_runtime.convert(
+        src, dst, to, names, dialect=dialect, reference=reference, device=device, skip=tuple(skip or ())
+    )
+    _show(report, as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: GPU, driver, libraries, and every multiplier by running it."""
+    from wan_runtime.doctor import examine
+
+    _show(examine(), as_json)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What the clip is to show.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="The .mp4 file to write.")] = Path("clip.mp4"),
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="The transformer's file, of any dialect; default: the bundled tiny model."),
+    ] = None,
+    checkpoint_low: Annotated[
+        Path | None, typer.Option(help="The low-noise expert of a two-expert model.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Diffusers folder or hub id with the text encoder, VAE and tokenizer.")
+    ] = None,
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="Diffusers folder of another text encoder.")
+    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="Diffusers folder of another VAE.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the clip is not to show.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, such as 832x480.")] = None,
+    frames: Annotated[int | None, typer.Option(help="How many frames, 4n+1.")] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames a second.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    guidance_2: Annotated[float | None, typer.Option(help="Guidance scale of the low-noise expert.")] = None,
+    flow_shift: Annotated[float | None, typer.Option(help="Flow shift of the scheduler.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first noise; default: a random one.")] = None,
+    device: Device = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; default: bfloat16, float32 on a CPU.")
+    ] = None,
+    dialect: Dialect = None,
+    reference: Reference = None,
+    weights: Weights = "auto",
+    compute: Compute = "auto",
+    backend: Backend = "auto",
+    attention: Attention = "auto",
+    fuse: Fuse = True,
+    activation: Activation = "dynamic",
+    skip: Skip = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make one clip and write it as an MP4."""
+    patch_options = {
+        "dialect": dialect, "reference": reference, "weights": weights, "compute": compute, "backend": backend,
+        "attention": attention, "fuse": fuse, "activation": activation, "skip": tuple(skip or ()),
+    }  # fmt: skip
+    request = {
+        "negative_prompt": negative_prompt, **_sizes(size), "num_frames": frames, "fps": fps,
+        "num_inference_steps": steps, "guidance_scale": guidance, "guidance_scale_2": guidance_2,
+        "flow_shift": flow_shift, "seed": seed,
+    }  # fmt: skip
+    parts = {
+        "checkpoint_low": checkpoint_low, "base": base, "text_encoder": text_encoder, "vae": vae,
+        "device": device, "dtype": _dtype(dtype), **patch_options,
+    }  # fmt: skip
+    _check_output(output)
+    _generate(prompt, output, checkpoint, parts, request, as_json)
+
+
+def _generate(
+    prompt: str,
+    output: Path,
+    checkpoint: Path | None,
+    parts: dict[str, Any],
+    request: dict[str, Any],
+    as_json: bool,
+) -> None:
+    import wan_runtime
+
+    if checkpoint is None:
+        typer.echo(
+            "No --checkpoint was given: using the bundled tiny model, which draws moving shapes.", err=True
+        )
+    pipe = wan_runtime.load_pipeline(checkpoint, **parts)
+    asked = wan_runtime.clip_profile(pipe).request(prompt, **request)
+    began = time.monotonic()
+    with _steps(asked.num_inference_steps) as on_step:
+        clip = wan_runtime.generate(pipe, asked, on_step)
+    seconds = time.monotonic() - began
+    wan_runtime.write_video(clip.frames, output, asked.fps, {"comment": f"{prompt} (seed {clip.seed})"})
+    count, height, width, _ = clip.frames.shape
+    if as_json:
+        made = {"output": str(output), "seed": clip.seed, "frames": count, "width": width, "height": height}
+        typer.echo(json.dumps({**made, "fps": asked.fps, "seconds": round(seconds, 3)}, indent=2))
+    else:
+        typer.echo(f"{output}: {count} frames of {width}x{height} in {seconds:.1f} s, seed {clip.seed}")
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    script: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The Python script to run.")],
+    args: Annotated[list[str] | None, typer.Argument(help="The script's own arguments.")] = None,
+    weights: Weights = "auto",
+    compute: Compute = "auto",
+    backend: Backend = "auto",
+    attention: Attention = "auto",
+    fuse: Fuse = True,
+    activation: Activation = "dynamic",
+    skip: Skip = None,
+) -> None:
+    """Run an unmodified script with every WAN model patched as it is loaded: run [OPTIONS] -- SCRIPT [ARGS]."""
+    from wan_runtime.autopatch import run_script
+
+    options = {
+        "weights": weights, "compute": compute, "backend": backend, "attention": attention, "fuse": fuse,
+        "activation": activation, "skip": tuple(skip or ()),
+    }  # fmt: skip
+    run_script(str(script), list(args or ()), options)
+
+
+def _show(result: Result, as_json: bool) -> None:
+    from rich.console import Console
+
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(result.table())
+
+
+def _fail(message: str, status: int) -> None:
+    typer.secho(f"wan-runtime: {message}", fg="red", err=True)
+    raise typer.Exit(status)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """While a command runs, a request to terminate unwinds it, so that what it began to write is removed."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _sizes(size: str | None) -> dict[str, int]:
+    if size is None:
+        return {}
+    width, _, height = size.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise InvalidOption(f"--size {size!r} is not WIDTHxHEIGHT in pixels, such as 832x480.")
+    return {"width": int(width), "height": int(height)}
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, None: None}
+    if name not in known:
+        raise InvalidOption(f"--dtype {name!r} is not known; choose from bfloat16, float16, float32.")
+    return known[name]
+
+
+def _check_output(output: Path) -> None:
+    """Find out before the model is loaded, not after the clip was made."""
+    if output.suffix != ".mp4":
+        raise InvalidOption(f"--output {output} must end in .mp4.")
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise InvalidOption(f"--output {output} is not a file in a folder that exists.")
+
+
+@contextlib.contextmanager
+def _steps(total: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar of the denoising steps on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("denoising", total=total)
+        yield lambda done, _: bar.update(task, completed=done)
+
+
+if __name__ == "__main__":
+    app()
