@@ -42,7 +42,7 @@ HOSTS: Catalogue[Host] = Catalogue("wan_runtime.patches", Host)
 
 def host_of(model: nn.Module) -> Host:
     """The host a model belongs to; raises HostNotRecognised."""
-    for name in HOSTS:
+    for name in HOSTS if isinstance(model, nn.Module) else ():
         if HOSTS[name].matches(model):
             return HOSTS[name]
     raise HostNotRecognised(f"{type(model).__module__}.{type(model).__qualname__}", list(HOSTS))

@@ -156,7 +156,7 @@ def _patch(
     held = None if checkpoint is None else {path: layer.format for path, layer in checkpoint.layers.items()}
     decisions = plan(tree, held, runs_on, options, swaps=host.swaps, fp32=host.fp32)
     _refuse_nothing(decisions, options, checkpoint, host)
-    refuse_unswappable(model, decisions)
+    refuse_unswappable(model, decisions, keeps_weights=checkpoint is None)
     static = options.activation == "static"
     if static:
         _require_input_scales(checkpoint, decisions)
@@ -170,7 +170,7 @@ def _patch(
         )
     else:
         _refuse_damaged(model, decisions)
-    dtypes = execute(model, decisions, staged, dtype, runs_on.type, static=static)
+    parameters = execute(model, decisions, staged, dtype, runs_on.type, static=static)
     verify_residents(model, decisions)
     report = Report(
         host=host.name,
@@ -185,7 +185,7 @@ def _patch(
         evidence=checkpoint.evidence if checkpoint else None,
         notes=_notes(decisions, runs_on, checkpoint, fuse),
     )
-    remember(model, Patched(tuple(decisions), dtypes, report))
+    remember(model, Patched(tuple(decisions), parameters, report))
     return report
 
 

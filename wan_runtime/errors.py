@@ -118,6 +118,18 @@ class HostNotRecognised(WanRuntimeError):
         )
 
 
+class QuantisedWeight(WanRuntimeError, RuntimeError):
+    """A write to the dequantised copy that a quantised layer shows as its weight. `write` is the operation."""
+
+    def __init__(self, write: str) -> None:
+        self.write = write
+        super().__init__(
+            f"the weight of a quantised layer cannot be written ({write}): it is a dequantised copy, and the write "
+            "would be lost. Keep a LoRA as an adapter beside the layer instead of merging (fusing) it, or call "
+            "wan_runtime.unpatch(model), merge, and patch again."
+        )
+
+
 class NothingToPatch(WanRuntimeError):
     """A patch that would change no layer."""
 

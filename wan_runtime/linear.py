@@ -15,8 +15,41 @@ import torch
 from torch import nn
 
 from wan_runtime.backends import Multiply, multiplier
+from wan_runtime.errors import QuantisedWeight
 from wan_runtime.formats import FORMATS
 from wan_runtime.residents import Move, keeping_dtype
+
+
+class WeightCopy(torch.Tensor):
+    """A dequantised weight that refuses to be written.
+
+    It is a copy, so a write (an adapter merging itself, `weight.data = ...`) would be lost without a word. What is
+    computed from it is an ordinary tensor.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+        out = (kwargs or {}).get("out")
+        if (writes and args and isinstance(args[0], cls)) or isinstance(out, cls):
+            raise QuantisedWeight(name)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if func in _ALIASES:
+            return result.as_subclass(cls)
+        return result.as_subclass(torch.Tensor) if isinstance(result, cls) else result
+
+
+# Property setters (`weight.data = ...`) reach __torch_function__ under the name __set__.
+_WRITES = frozenset(
+    f"__{name}__"
+    for name in ("set", "setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul",
+                 "iand", "ior", "ixor", "ilshift", "irshift")
+)  # fmt: skip
+_ALIASES = frozenset({torch.Tensor.data.__get__, torch.Tensor.detach})  # type: ignore[attr-defined]
 
 
 class QuantLinear(nn.Linear):
@@ -53,10 +86,11 @@ class QuantLinear(nn.Linear):
         self.format, self.backend, self.compute, self.static = format, backend, compute, static
         self.planned_for = planned_for
         self.reads_as = reads_as
-        for name, tensor in slots.items():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         fp32 = None if bias is None else nn.Parameter(bias.to(torch.float32), requires_grad=False)
         self.register_parameter("bias", fp32)
+        # Codes last: hosts take the first parameter's dtype for a floating-point one.
+        for name, tensor in sorted(slots.items(), key=lambda slot: not slot[1].is_floating_point()):
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self._bind()
 
     def _bind(self) -> None:
@@ -71,26 +105,54 @@ class QuantLinear(nn.Linear):
         return {name: p for name, p in self._parameters.items() if name != "bias" and p is not None}
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
+    def weight(self) -> torch.Tensor:
         """The dequantised weight [out_features, in_features] in `reads_as`: a copy, never the storage."""
-        return FORMATS[self.format].dequantize(self.slots).to(self.reads_as)
+        return FORMATS[self.format].dequantize(self.slots).to(self.reads_as).as_subclass(WeightCopy)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise QuantisedWeight("weight = ...")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":  # nn.Module.__setattr__ comes here before any property
+            raise QuantisedWeight("weight = ...")
+        super().register_parameter(name, param)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any,
+        unexpected_keys: Any, error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if (
+            f"{prefix}weight" in state_dict
+        ):  # strict=False would drop it, and the layer would keep other weights
+            error_msgs.append(
+                f"{prefix}weight is a plain weight and this layer is quantised ({self.format}). Unpatch the model "
+                "before loading plain weights, or patch it with the file."
+            )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         slots = self.slots
         static = slots.pop("input_scale", None)
-        rows = input.reshape(math.prod(input.shape[:-1]), self.in_features)
-        multiply = self._multiply if rows.device.type == self.planned_for else self._elsewhere
+        kind = input.device.type
+        dtype = _result_dtype(input)
+        rows = input.reshape(math.prod(input.shape[:-1]), self.in_features).to(dtype)
+        multiply = self._multiply if kind == self.planned_for else self._elsewhere
         product = multiply(rows, slots, static if self.static else None)
+        if product.dtype != dtype:
+            product = product.float()
         if self.bias is not None:
-            product = product.add_(self.bias)  # in place: one pass, summed in fp32, rounded once
-        return product.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+            product = product.add_(self.bias)  # in place and in one pass: torch sums in fp32, then rounds
+        return product.to(dtype).reshape(*input.shape[:-1], self.out_features)
 
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
         # What `weight` reads as follows the host's dtype; the storage does not.
         self.reads_as = fn(
             torch.empty(0, dtype=self.reads_as, device=self.get_parameter("payload").device)
         ).dtype
-        return super()._apply(keeping_dtype(fn), recurse)
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -98,7 +160,7 @@ class QuantLinear(nn.Linear):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._bind()
 
     def extra_repr(self) -> str:
@@ -106,6 +168,14 @@ class QuantLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.format}, compute={self.compute}, backend={self.backend}"
         )
+
+
+def _result_dtype(input: torch.Tensor) -> torch.dtype:
+    """The dtype an nn.Linear would answer in: autocast's where it is on, else the input's."""
+    kind = input.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return input.dtype
 
 
 def quantised_layers(model: nn.Module) -> Iterable[tuple[str, QuantLinear]]:

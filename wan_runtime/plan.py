@@ -20,12 +20,19 @@ Action = Literal["quantised", "linear", "resident", "own", "model"]
 
 @dataclass(frozen=True)
 class Node:
-    """A module that holds parameters of its own. `linear` is (out, in) features for an `nn.Linear`."""
+    """A module that holds tensors of its own.
+
+    path, original   its path in the host, and in the original release's names without an adapter's `base_layer`.
+    linear           (out, in) features of an `nn.Linear`.
+    leaf             it has no children.
+    parameters       it holds parameters; otherwise only floating-point buffers (RoPE tables).
+    """
 
     path: str
     original: str
     linear: tuple[int, int] | None
     leaf: bool
+    parameters: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,17 +67,23 @@ class Decision:
 
 
 def tree_of(model: nn.Module, spelling: Spelling) -> list[Node]:
-    """The modules of a host that hold parameters. Adapters' own modules (LoRA) are not the host's and are left out."""
+    """The modules of a host that hold tensors. Adapters' own modules (LoRA) are not the host's and are left out."""
     nodes = []
     for path, module in model.named_modules():
-        parts = path.split(".") if path else []
-        own = any(p is not None for p in module._parameters.values())
-        if any(part.startswith("lora_") for part in parts) or (path and not own):
+        parameters = any(p is not None for p in module._parameters.values())
+        tables = any(b is not None and b.is_floating_point() for b in module._buffers.values())
+        adapter = any(part.startswith("lora_") for part in path.split("."))
+        if adapter or (path and not parameters and not tables):
             continue
-        original = to_original(spelling, ".".join(part for part in parts if part != "base_layer"))
         linear = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
-        nodes.append(Node(path, original, linear, leaf=not any(module.children())))
+        original = to_original(spelling, bare(path))
+        nodes.append(Node(path, original, linear, not any(module.children()), parameters))
     return nodes
+
+
+def bare(path: str) -> str:
+    """A path in the host without the level that an adapter puts around a module it wraps."""
+    return ".".join(part for part in path.split(".") if part != "base_layer")
 
 
 def plan(
@@ -93,6 +106,7 @@ def plan(
     Raises BackendUnavailable for an explicit choice that the device cannot serve, InvalidOption for an unknown one.
     """
     _check(options)
+    _check_skip(options, tree)
     return [_decide(node, held, device, options, swaps, fp32) for node in tree]
 
 
@@ -108,6 +122,20 @@ def _check(options: Options) -> None:
             raise InvalidOption(f"{name}={value!r} is not known; choose from {', '.join(values)}.")
 
 
+def _check_skip(options: Options, tree: Sequence[Node]) -> None:
+    linears = [node for node in tree if node.linear is not None]
+    for pattern in options.skip:
+        if not any(_skips(pattern, node) for node in linears):
+            raise InvalidOption(
+                f"skip={pattern!r} matches no Linear of this model, so it would skip nothing. Its paths look like "
+                f"{', '.join(repr(bare(node.path)) for node in linears[-2:])}; * matches anything."
+            )
+
+
+def _skips(pattern: str, node: Node) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (bare(node.path), node.original))
+
+
 def _decide(
     node: Node,
     held: Mapping[str, str] | None,
@@ -118,15 +146,17 @@ def _decide(
 ) -> Decision:
     if not node.path:
         return Decision(node.path, node.original, "model", "the host model")
+    if not node.parameters:
+        return Decision(node.path, node.original, "own", "its tables keep their dtype")
+    if fp32(node.original):  # before the file's say: a host may take a compute dtype from such a weight
+        in_file = held.get(node.original) if held is not None else None
+        reason = "stays fp32 by the host's rule" + (f"; the file holds {in_file}" if in_file else "")
+        return Decision(node.path, node.original, "resident" if node.leaf else "own", reason)
     weight_format, reason = _format_for(node, held, options, swaps)
     if weight_format is not None and node.linear is not None:
         backend, compute, why = choose(weight_format, device, node.linear, options)
         return Decision(
             node.path, node.original, "quantised", f"{reason}{why}", weight_format, compute, backend
-        )
-    if fp32(node.original):
-        return Decision(
-            node.path, node.original, "resident" if node.leaf else "own", "stays fp32 by the host's rule"
         )
     if node.linear is not None:
         return Decision(node.path, node.original, "linear", reason)
@@ -140,7 +170,7 @@ def _format_for(
     if node.linear is None:
         return None, "not a Linear"
     for pattern in options.skip:
-        if fnmatch.fnmatchcase(node.path, pattern) or fnmatch.fnmatchcase(node.original, pattern):
+        if _skips(pattern, node):
             return None, f"skipped by {pattern!r}"
     in_file = held.get(node.original) if held is not None else None
     if options.weights == "keep" or (options.weights == "auto" and held is not None):
@@ -151,10 +181,8 @@ def _format_for(
     refusal = FORMATS[wanted].refuses(*node.linear)
     if refusal is not None:
         return None, f"{wanted} does not fit: {refusal}"
-    return wanted, f"weights={options.weights}" if in_file in (
-        None,
-        wanted,
-    ) else f"weights={wanted}, was {in_file}"
+    was = f", was {in_file}" if in_file not in (None, wanted) else ""
+    return wanted, f"weights={options.weights}{was}"
 
 
 def choose(

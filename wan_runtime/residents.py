@@ -8,12 +8,15 @@ The subclasses are made on demand from the base class alone, so deepcopy and pic
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from wan_runtime.errors import InvalidOption
 
 Move = Callable[[torch.Tensor], torch.Tensor]
 COMPUTE_DTYPE = (
@@ -34,19 +37,20 @@ def keeping_dtype(move: Move) -> Move:
 class _OwnDtype(nn.Module):
     """Keeps the dtype of the module's own parameters and buffers; its children decide for themselves."""
 
+    _wan_runtime_kind: tuple[str, type[nn.Module]]
+
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
         if recurse:
             for child in self.children():
                 child._apply(fn)
         own_dtype = self._buffers.pop(COMPUTE_DTYPE, None)
-        super()._apply(keeping_dtype(fn), recurse=False)
+        super()._apply(keeping_dtype(fn), recurse=False)  # type: ignore[no-untyped-call]
         if own_dtype is not None:
             self._buffers[COMPUTE_DTYPE] = fn(own_dtype)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        kind, base = self._wan_runtime_kind
-        return _rebuild, (kind, base), self.__getstate__()
+        return _rebuild, self._wan_runtime_kind, self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 class _Resident(_OwnDtype):
@@ -55,7 +59,9 @@ class _Resident(_OwnDtype):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
         args = tuple(_up(a) for a in args)
-        result = super().forward(*args, **{name: _up(a) for name, a in kwargs.items()})
+        kwargs = {name: _up(a) for name, a in kwargs.items()}
+        with _no_autocast(first):
+            result = super().forward(*args, **kwargs)
         if first is not None and first.is_floating_point() and isinstance(result, torch.Tensor):
             return result.to(first.dtype)
         return result
@@ -68,12 +74,12 @@ class _Fp32Bias(_OwnDtype):
     bias: torch.Tensor | None
 
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
-        bias = self._parameters.pop("bias")
-        nn.Module._apply(self, fn, recurse)
-        if bias is not None:
-            bias = nn.Parameter(keeping_dtype(fn)(bias.data), requires_grad=bias.requires_grad)
-        self._parameters["bias"] = bias
-        return self
+        keep, bias = keeping_dtype(fn), self._parameters["bias"]
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return keep(tensor) if tensor is bias else fn(tensor)
+
+        return super(_OwnDtype, self)._apply(move, recurse)  # type: ignore[no-untyped-call]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         product = nn.functional.linear(input, self.weight.to(input.dtype))
@@ -89,6 +95,13 @@ class _Model(_OwnDtype):
         assert marker is not None
         return marker.dtype
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: what it would write loads nowhere, and a loader that ignores unknown keys makes noise of it."""
+        raise InvalidOption(
+            "a patched model is not saved with save_pretrained: no loader knows its keys. Write a checkpoint with "
+            "wan_runtime.convert, or call wan_runtime.unpatch(model) first."
+        )
+
 
 _KINDS: dict[str, type[nn.Module]] = {
     "own": _OwnDtype,
@@ -98,12 +111,20 @@ _KINDS: dict[str, type[nn.Module]] = {
 }
 
 
+def _no_autocast(tensor: torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
+    """Autocast would round what a resident computes; entered only where it is on."""
+    kind = "cpu" if tensor is None else tensor.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _up(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 @functools.cache
-def _subclass(kind: str, base: type[nn.Module]) -> type[nn.Module]:
+def _subclass(kind: str, base: Any) -> type[nn.Module]:
     """The subclass of `base` with a kind's behaviour, under the base's own name: hosts look classes up by name."""
     fields = {
         "_wan_runtime_kind": (kind, base),
@@ -113,14 +134,15 @@ def _subclass(kind: str, base: type[nn.Module]) -> type[nn.Module]:
     return type(base.__name__, (_KINDS[kind], base), fields)
 
 
-def _rebuild(kind: str, base: type[nn.Module]) -> nn.Module:
+def _rebuild(kind: str, base: Any) -> nn.Module:
     cls = _subclass(kind, base)
     return cls.__new__(cls)
 
 
 def become(module: nn.Module, kind: str) -> None:
     """Give a module the behaviour of a kind: own, resident, linear or model. Its tensors are left as they are."""
-    module.__class__ = _subclass(kind, original_class(module))
+    base: Any = original_class(module)
+    module.__class__ = _subclass(kind, base)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -17,9 +17,10 @@ from wan_runtime.errors import InvalidOption
 from wan_runtime.formats import FORMATS
 from wan_runtime.linear import QuantLinear
 from wan_runtime.names import Spelling, from_original
-from wan_runtime.plan import Decision
-from wan_runtime.residents import COMPUTE_DTYPE, become, kind_of, restore
+from wan_runtime.plan import Decision, bare
+from wan_runtime.residents import COMPUTE_DTYPE, become, restore
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 STATE = "_wan_runtime"  # attribute of a patched model: its Patched record
 
 
@@ -32,11 +33,19 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Before:
+    """What a parameter was before the patch."""
+
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
 class Patched:
-    """What `undo` needs: the decisions, and the dtypes the host's tensors had, by state-dict key."""
+    """What `undo` needs: the decisions, and what the host's parameters were, by name."""
 
     decisions: tuple[Decision, ...]
-    dtypes: Mapping[str, torch.dtype]
+    before: Mapping[str, Before]
     report: object
 
 
@@ -45,7 +54,7 @@ def stage(
 ) -> Stage:
     """Collect a checkpoint's stream as the plan wants it: requantised or dequantised where the plan differs."""
     staged = Stage()
-    decided = {_bare(d.path): d for d in decisions}
+    decided = {bare(d.path): d for d in decisions}
     for item in items:
         path = from_original(spelling, item.path)
         if item.format is not None:
@@ -76,11 +85,6 @@ def _stage_weight(staged: Stage, decision: Decision, module: str, item: Loaded, 
     _stage_tensor(staged, decision, module, "weight", weight, dtype)
 
 
-def _bare(path: str) -> str:
-    """A module's path without the level that an adapter put in between."""
-    return path.removesuffix(".base_layer")
-
-
 def execute(
     model: nn.Module,
     decisions: Sequence[Decision],
@@ -89,24 +93,24 @@ def execute(
     device_type: str,
     *,
     static: bool = False,
-) -> Mapping[str, torch.dtype]:
-    """Make the model what the plan says; returns the dtypes its tensors had, by state-dict key, for `undo`.
+) -> Mapping[str, Before]:
+    """Make the model what the plan says; returns what its parameters were, by name, for `undo`.
 
     Without a stage the weights come from the model itself, one layer at a time.
     """
-    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    before = {name: Before(p.dtype, p.requires_grad) for name, p in model.named_parameters()}
     for decision in decisions:
         module = model.get_submodule(decision.path)
-        tensors = staged.tensors.get(_bare(decision.path), {}) if staged else {}
+        tensors = staged.tensors.get(bare(decision.path), {}) if staged else {}
         if decision.action == "quantised":
-            slots = staged.slots.pop(_bare(decision.path)) if staged else None
+            slots = staged.slots.pop(bare(decision.path)) if staged else None
             quantised = _quantised(decision, module, slots, tensors.get("bias"), dtype, device_type, static)
             _set(model, decision.path, quantised)
         else:
             _fill(module, tensors, decision, dtype)
             become(module, decision.action)
     model.register_buffer(COMPUTE_DTYPE, torch.empty(0, dtype=dtype), persistent=False)
-    return dtypes
+    return before
 
 
 def _quantised(
@@ -160,37 +164,39 @@ def undo(model: nn.Module) -> None:
     if patched is None:
         raise InvalidOption("the model is not patched, so there is nothing to undo.")
     for decision in patched.decisions:
-        path = _unwrapped(model, decision.path)
+        path = _located(model, decision.path)
         module = model.get_submodule(path)
         if isinstance(module, QuantLinear):
-            _set(model, path, _float_linear(module, decision.path, patched.dtypes))
+            _set(model, path, _float_linear(module, decision.path, patched.before))
             continue
-        if kind_of(module) is not None:
-            restore(module)
+        restore(module)
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{decision.path}.{leaf}" if decision.path else leaf
-                parameter.data = parameter.data.to(patched.dtypes[name])
+                parameter.data = parameter.data.to(patched.before[name].dtype)
     del model._buffers[COMPUTE_DTYPE]
     model._non_persistent_buffers_set.discard(COMPUTE_DTYPE)
     delattr(model, STATE)
 
 
-def _unwrapped(model: nn.Module, path: str) -> str:
-    """Where a module is now: an adapter loaded after the patch wraps it as `base_layer`."""
-    inner = f"{path}.base_layer" if path else "base_layer"
-    return inner if isinstance(getattr(model.get_submodule(path), "base_layer", None), nn.Module) else path
+def _located(model: nn.Module, path: str) -> str:
+    """Where a module is now: adapters loaded or unloaded since the patch put it in or out of a `base_layer`."""
+    path = bare(path)
+    while path and isinstance(getattr(model.get_submodule(path), "base_layer", None), nn.Module):
+        path = f"{path}.base_layer"
+    return path
 
 
-def _float_linear(module: QuantLinear, path: str, dtypes: Mapping[str, torch.dtype]) -> nn.Linear:
-    dtype = dtypes[f"{path}.weight"]
+def _float_linear(module: QuantLinear, path: str, before: Mapping[str, Before]) -> nn.Linear:
+    was = before[f"{path}.weight"]
     linear = nn.Linear(
-        module.in_features, module.out_features, bias=module.bias is not None, device="meta", dtype=dtype
+        module.in_features, module.out_features, bias=module.bias is not None, device="meta", dtype=was.dtype
     )
-    weight = FORMATS[module.format].dequantize(module.slots).to(dtype)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+    weight = FORMATS[module.format].dequantize(module.slots).to(was.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=was.requires_grad)
     if module.bias is not None:
-        linear.bias = nn.Parameter(module.bias.detach().to(dtypes[f"{path}.bias"]), requires_grad=False)
+        was = before[f"{path}.bias"]
+        linear.bias = nn.Parameter(module.bias.detach().to(was.dtype), requires_grad=was.requires_grad)
     return linear.train(module.training)
 
 
@@ -228,17 +234,44 @@ def verify_residents(model: nn.Module, decisions: Sequence[Decision]) -> None:
                 raise AssertionError(f"{decision.path}.{leaf} was left on the meta device by the patch.")
 
 
-def refuse_unswappable(model: nn.Module, decisions: Sequence[Decision]) -> None:
-    """Refuse Linears that something else already quantised or hooked; a swap would lose its work without a word."""
+def refuse_unswappable(model: nn.Module, decisions: Sequence[Decision], *, keeps_weights: bool) -> None:
+    """Refuse what a swap would lose without a word: another library's quantisation, hooks, offloaded tensors.
+
+    `keeps_weights` is whether the model's own weights are what gets quantised.
+    """
     for decision in decisions:
         module = model.get_submodule(decision.path)
         weight = module._parameters.get("weight")
-        if decision.action == "quantised" and weight is not None and type(weight) is not nn.Parameter:
-            raise InvalidOption(
-                f"{decision.path}.weight is a {type(weight).__module__}.{type(weight).__name__}: another library already "
-                "quantised it. Load the model unquantised, then patch it."
+        if decision.action == "quantised" and weight is not None:
+            held = (
+                None
+                if type(weight) is nn.Parameter
+                else f"a {type(weight).__module__}.{type(weight).__name__}"
             )
-        if hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"):
+            if held is None and keeps_weights and weight.dtype not in FLOATS:
+                held = f"{str(weight.dtype).removeprefix('torch.')}, whose scale this model does not hold"
+            if held is not None:
+                raise InvalidOption(
+                    f"{decision.path}.weight is {held}: something else quantised it. Load the model unquantised and "
+                    "patch it, or give patch() the quantised file as its checkpoint."
+                )
+        hook = _hook_on(module, decision)
+        if hook is not None:
             raise InvalidOption(
-                f"{decision.path} is managed by an offloading hook. Patch the model first, then enable offloading."
+                f"{decision.path or 'the model'} carries {hook}, which a patch would break. Patch the model first, "
+                "then enable offloading or register hooks."
             )
+
+
+def _hook_on(module: nn.Module, decision: Decision) -> str | None:
+    """A hook that would outlive its module, or that holds the module's tensors; in words."""
+    leaf = decision.action in ("quantised", "linear", "resident")
+    accelerates = getattr(module, "_hf_hook", None)
+    if accelerates is not None and (leaf or getattr(accelerates, "offload", False)):
+        return "an accelerate hook"
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is not None and (leaf or registry.get_hook("group_offloading") is not None):
+        return "a diffusers hook"
+    if decision.action == "quantised" and (module._forward_hooks or module._forward_pre_hooks):
+        return "a forward hook"
+    return None

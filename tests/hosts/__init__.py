@@ -1,0 +1,1 @@
+"""Small WAN models of each host, for the tests of everything above formats."""
