@@ -5,49 +5,16 @@ This is where options become arguments. Commands import what they need when they
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from wan_runtime.errors import InvalidOption, UnknownName, WanRuntimeError
+from wan_runtime.console import Commands, show, step_bar
+from wan_runtime.errors import InvalidOption
 from wan_runtime.version import VERSION
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-FAILED, MISUSED, TERMINATED = 1, 2, 128 + signal.SIGTERM
-
-
-class Commands(TyperGroup):
-    """Prints what this library raises on purpose as one sentence, and gives the exit status its meaning."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            with _terminable():
-                return super().invoke(ctx)
-        except WanRuntimeError as error:
-            _fail(str(error), MISUSED if isinstance(error, InvalidOption | UnknownName) else FAILED)
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in ("diffusers", "transformers", "av"):
-                raise
-            _fail(
-                f"{error.name} is not installed. Install it with: pip install 'wan-runtime[diffusers]'",
-                FAILED,
-            )
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of a pipe has gone, which click knows how to end
-                raise
-            _fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), FAILED)
-
 
 app = typer.Typer(
     cls=Commands,
@@ -86,14 +53,6 @@ Activation = Annotated[
 ]
 
 
-class Result(Protocol):
-    """What every command prints: a value with a table and a JSON form."""
-
-    def table(self) -> Table: ...
-
-    def to_dict(self) -> dict[str, object]: ...
-
-
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"wan-runtime {VERSION}")
@@ -123,7 +82,7 @@ def inspect(
         typer.echo(json.dumps([result.to_dict() for result in results], indent=2))
         return
     for result in results:
-        _show(result, False)
+        show(result, False)
 
 
 @app.command()
@@ -141,7 +100,7 @@ def compare(
     """Put two checkpoints side by side: how they differ, what a host would get wrong, what to do."""
     import wan_runtime
 
-    _show(wan_runtime.compare(a, b, layer=layer, errors=errors), as_json)
+    show(wan_runtime.compare(a, b, layer=layer, errors=errors), as_json)
 
 
 @app.command()
@@ -170,7 +129,7 @@ def convert(
     report = wan_runtime.convert(
         src, dst, to, names, dialect=dialect, reference=reference, device=device, skip=tuple(skip or ())
     )
-    _show(report, as_json)
+    show(report, as_json)
 
 
 @app.command()
@@ -178,7 +137,7 @@ def doctor(as_json: AsJson = False) -> None:
     """Check this machine: GPU, driver, libraries, and every multiplier by running it."""
     from wan_runtime.doctor import examine
 
-    _show(examine(), as_json)
+    show(examine(), as_json)
 
 
 @app.command()
@@ -258,7 +217,7 @@ def _generate(
     pipe = wan_runtime.load_pipeline(checkpoint, **parts)
     asked = wan_runtime.clip_profile(pipe).request(prompt, **request)
     began = time.monotonic()
-    with _steps(asked.num_inference_steps) as on_step:
+    with step_bar(asked.num_inference_steps) as on_step:
         clip = wan_runtime.generate(pipe, asked, on_step)
     seconds = time.monotonic() - began
     wan_runtime.write_video(clip.frames, output, asked.fps, {"comment": f"{prompt} (seed {clip.seed})"})
@@ -292,30 +251,6 @@ def run(
     run_script(str(script), list(args or ()), options)
 
 
-def _show(result: Result, as_json: bool) -> None:
-    from rich.console import Console
-
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=2))
-    else:
-        Console(width=None if sys.stdout.isatty() else 120).print(result.table())
-
-
-def _fail(message: str, status: int) -> None:
-    typer.secho(f"wan-runtime: {message}", fg="red", err=True)
-    raise typer.Exit(status)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """While a command runs, a request to terminate unwinds it, so that what it began to write is removed."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _sizes(size: str | None) -> dict[str, int]:
     if size is None:
         return {}
@@ -340,17 +275,6 @@ def _check_output(output: Path) -> None:
         raise InvalidOption(f"--output {output} must end in .mp4.")
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise InvalidOption(f"--output {output} is not a file in a folder that exists.")
-
-
-@contextlib.contextmanager
-def _steps(total: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar of the denoising steps on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("denoising", total=total)
-        yield lambda done, _: bar.update(task, completed=done)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def watched(items: Iterator[Loaded], checkpoint: Checkpoint, doing: str = "loadi
     for path, layer in checkpoint.layers.items():
         sizes[path] = sum(entries[key].nbytes for key in {source.key for source in layer.sources})
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(True),
         TransferSpeedColumn(),

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from wan_runtime.plan import Decision
@@ -133,11 +133,11 @@ class ConversionReport:
         return as_text(self.table())
 
 
-def as_text(table: Table) -> str:
-    """A table as plain text, 120 columns wide."""
-    console = Console(width=120, force_terminal=False, color_system=None)
+def as_text(table: RenderableType) -> str:
+    """A table, or several, as plain text, 120 columns wide."""
+    console = Console(width=120, force_terminal=False, color_system=None, markup=False, emoji=False)
     with console.capture() as capture:
-        console.print(table)
+        console.print(table, crop=False)
     return capture.get()
 
 
