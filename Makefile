@@ -31,6 +31,7 @@ check: $(READY)  ## Format, lint, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy $(wildcard examples/*.py benchmarks/*.py)
 	$(BIN)/lint-imports
 
 bench: $(READY)  ## Time a patched model on this machine
@@ -50,7 +51,8 @@ $(DERIVED)/%-diffusers.safetensors: $(TINY) | $(READY)
 	@mkdir -p $(@D)
 	$(BIN)/wan-runtime convert $< $@ --to $* --names diffusers
 
-# PIP_CONSTRAINT, not -c: it also holds the build backend that pip installs in isolation.
+# PIP_CONSTRAINT, not -c: it also holds the build backend that pip installs in isolation. diffsynth comes alone: tests
+# patch its Wan model, and what it requires for other things (torchvision, pandas, modelscope) would be dead weight.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "wan-runtime needs Python 3.11 or newer and '$(PYTHON)' is $$($(PYTHON) -V 2>&1)." \
@@ -59,6 +61,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 		$(BIN)/python -m pip install --quiet --editable '.[diffusers,serve,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt diffsynth
 	@touch $@
 
 clean:  ## Remove everything that make made
