@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,8 @@ LEVELS = ("debug", "info", "warning", "error")
 GRACE_SECONDS = 10  # for answers under way when the server is told to stop
 
 
-@app.command()
+# Every option can also be given as WAN_SERVE_<OPTION>: containers are configured through their environment.
+@app.command(context_settings={"auto_envvar_prefix": "WAN_SERVE"})
 def serve(
     checkpoint: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, resolve_path=True, help=(
         "The transformer, a .safetensors file of any dialect. Without it the bundled tiny model is served."))] = None,
@@ -51,13 +53,15 @@ def serve(
     weights: Annotated[str, typer.Option(help="Format to keep the weights in.")] = DEFAULTS.weights,
     compute: Annotated[str, typer.Option(help="Precision to multiply in.")] = DEFAULTS.compute,
     backend: Annotated[str, typer.Option(help="Who multiplies.")] = DEFAULTS.backend,
+    cancel_seconds: Annotated[float, typer.Option(min=0, help=(
+        "Kill a worker that has not stopped a deleted job by then."))] = DEFAULTS.cancel_seconds,
     log_level: Annotated[str, typer.Option(help=f"One of {', '.join(LEVELS)}.")] = DEFAULTS.log_level,
 ) -> None:  # fmt: skip
     """Serves text-to-video generation over OpenAI's /v1/videos."""
     settings = Settings(
         checkpoint=checkpoint, checkpoint_low=checkpoint_low, base=base, text_encoder=text_encoder, vae=vae,
         host=host, port=port, allow_remote=allow_remote, data_dir=data_dir, device=device, dialect=dialect,
-        weights=weights, compute=compute, backend=backend, log_level=log_level,
+        weights=weights, compute=compute, backend=backend, cancel_seconds=cancel_seconds, log_level=log_level,
     )  # fmt: skip
     _check(settings)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -74,22 +78,23 @@ def run(settings: Settings) -> int:
         if server is not None:
             server.should_exit = True
 
-    services = _open(settings, on_fatal)
-    config = uvicorn.Config(
-        create_app(services),
-        log_config=None,
-        access_log=settings.log_level == "debug",  # pollers would fill the log
-        timeout_graceful_shutdown=GRACE_SECONDS,
-        server_header=False,
-    )
-    server = uvicorn.Server(config)
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after its orderly shutdown
-        signal.signal(number, lambda *_: None)
     with _listen(settings) as listening:
-        address = f"http://{settings.host}:{listening.getsockname()[1]}"
+        services = _open(settings, on_fatal)
+        config = uvicorn.Config(
+            create_app(services),
+            log_config=None,
+            access_log=settings.log_level == "debug",  # pollers would fill the log
+            timeout_graceful_shutdown=GRACE_SECONDS,
+            server_header=False,
+        )
+        server = uvicorn.Server(config)
         if settings.is_bundled:
             log.info("no --checkpoint was given: serving the bundled tiny model, which draws moving shapes")
+        name = f"[{settings.host}]" if ":" in settings.host else settings.host
+        address = f"http://{name}:{listening.getsockname()[1]}"
         log.info("listening on %s, model %s, jobs in %s", address, settings.model_name, settings.data_dir)
+        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after its orderly shutdown
+            signal.signal(number, lambda *_: None)
         server.run(sockets=[listening])
     for reason in reasons:
         typer.secho(f"wan-serve cannot go on: {reason}", fg="red", err=True)
@@ -111,8 +116,7 @@ def _check(settings: Settings) -> None:
         )
 
 
-def _open(settings: Settings, on_fatal: object) -> Services:
-    assert callable(on_fatal)
+def _open(settings: Settings, on_fatal: Callable[[str], None]) -> Services:
     try:
         return open_services(settings, on_fatal)
     except BlockingIOError:

@@ -65,7 +65,7 @@ async def read_create(request: Request) -> CreateVideo:
             f"The body is {kind or 'of no stated type'}. Send multipart/form-data (as the openai client does) or "
             "application/json.",
         )
-    if any(name.partition("[")[0] == "input_reference" for name in fields):
+    if any(map(_is_reference, fields)):
         raise ApiError(
             422,
             "input_reference_unsupported",
@@ -90,6 +90,10 @@ def clip_request(asked: CreateVideo, profile: ClipProfile) -> ClipRequest:
     except InvalidRequest as error:
         param = "size" if asked.size is not None and error.param in ("width", "height") else error.param
         raise ApiError(422, error.code, str(error), param=param) from None
+
+
+def _is_reference(name: str) -> bool:
+    return name.partition("[")[0] == "input_reference"
 
 
 async def _read_json(request: Request) -> dict[str, Any]:
@@ -126,7 +130,11 @@ async def _read_form(request: Request) -> dict[str, Any]:
             for name, value in form.multi_items():
                 if name in fields:
                     raise ApiError(400, "duplicate_parameter", f"{name} was sent twice.", param=name)
-                fields[name] = "a file" if isinstance(value, UploadFile) else value
+                if isinstance(value, UploadFile) and not _is_reference(name):
+                    raise ApiError(
+                        422, f"invalid_{name[:80]}", f"{name[:80]} was sent as a file.", param=name[:80]
+                    )
+                fields[name] = value
     except (MultiPartException, HTTPException) as error:
         detail = getattr(error, "detail", None) or getattr(error, "message", error)
         raise ApiError(400, "invalid_form", f"The form cannot be read: {detail}") from None
@@ -135,7 +143,9 @@ async def _read_form(request: Request) -> dict[str, Any]:
 
 def _check_length(size: int, limit: int) -> None:
     if size > limit:
-        raise ApiError(413, "request_too_large", f"The body is larger than {limit} bytes.")
+        # without closing, the rest of the body would still be read, only to be dropped
+        message = f"The body is larger than {limit} bytes."
+        raise ApiError(413, "request_too_large", message, headers={"connection": "close"})
 
 
 def _refusal(error: ValidationError) -> ApiError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,15 +37,20 @@ class Services:
 def open_services(settings: Settings, on_fatal: Callable[[str], None]) -> Services:
     """Takes the data directory, brings its jobs and files to one truth, and prepares (not starts) the engine.
 
-    Raises BlockingIOError where another server has the directory, OSError where it cannot be written.
+    Raises BlockingIOError where another server has the directory, OSError, ValueError or sqlite3.Error where it cannot
+    be used.
     """
     storage = Storage(settings.data_dir)
     storage.prepare()
-    lock = storage.lock()
-    store = JobStore(storage.database)
-    store.recover()
-    storage.sweep(store.completed_ids())
-    return Services(settings, storage, store, Engine(settings, store, on_fatal), lock)
+    with contextlib.ExitStack() as undo:
+        lock = undo.enter_context(storage.lock())
+        store = JobStore(storage.database)
+        undo.callback(store.close)
+        store.recover()
+        storage.sweep(store.completed_ids())
+        services = Services(settings, storage, store, Engine(settings, store, on_fatal), lock)
+        undo.pop_all()
+    return services
 
 
 def _of(request: Request) -> Services:

@@ -28,6 +28,7 @@ class Settings:
     weights: str = "auto"
     compute: str = "auto"
     backend: str = "auto"
+    cancel_seconds: float = 120.0  # a worker that has not obeyed a cancel by then is killed
     log_level: str = "info"
 
     @property

@@ -97,7 +97,7 @@ def _die_with(parent: int) -> None:
 
 def _quiet_libraries() -> None:
     """Their progress bars have no place in a server's log."""
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
     from transformers.utils.logging import disable_progress_bar
 
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed worker would leak

@@ -260,6 +260,10 @@ def _check_prompts(request: ClipRequest) -> None:
     if not request.prompt.strip():
         raise InvalidRequest("prompt", "invalid_prompt", "The prompt is empty. Say what the clip is to show.")
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InvalidRequest(
+                name, f"invalid_{name}", f"{name} holds half a character (a lone surrogate)."
+            )
         if len(text) > MAX_PROMPT:
             raise InvalidRequest(
                 name, f"invalid_{name}", f"{name} has {len(text)} characters; the limit is {MAX_PROMPT}."

@@ -104,7 +104,7 @@ def _assemble(
     decoder = part(
         diffusers.AutoencoderKLWan, "vae", vae, use_safetensors=True
     )  # fp32, diffusers' own default
-    pipe: Pipeline = diffusers.WanPipeline(  # type: ignore[no-untyped-call]
+    pipe: Pipeline = diffusers.WanPipeline(
         tokenizer=part(AutoTokenizer, "tokenizer"),
         text_encoder=encoder.to(device).eval(),
         vae=decoder.to(device).eval(),

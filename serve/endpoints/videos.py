@@ -21,7 +21,6 @@ from . import Endpoint
 from .models import unknown_model
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
-CANCEL_SECONDS = 120.0  # a worker that does not stop within this is killed
 NO_RETRY = {"x-should-retry": "false"}
 BODY = {
     "requestBody": {
@@ -190,7 +189,7 @@ def download_content(video_id: str, served: Served, variant: str = "video") -> F
 async def delete_video(video_id: str, served: Served) -> VideoDeleted:
     """Removes a job and its clip. A running one is stopped first, and the answer comes when it has stopped."""
     job = await run_in_threadpool(_find, video_id, served)
-    deadline = time.monotonic() + CANCEL_SECONDS
+    deadline = time.monotonic() + served.settings.cancel_seconds
     while not await run_in_threadpool(served.store.delete, job.id, unless="in_progress"):
         await run_in_threadpool(_find, video_id, served)  # someone else may have deleted it
         served.engine.cancel(job.id)

@@ -83,7 +83,16 @@ def start(data_dir: Path, *options: str) -> Server:
     """A server that has bound its port; the worker may still be loading."""
     data_dir.mkdir(parents=True, exist_ok=True)
     log = data_dir / "server.log"
-    command = [sys.executable, "-m", "wan_runtime.serve", "--port", "0", "--data-dir", str(data_dir), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "wan_runtime.serve",
+        "--port",
+        "0",
+        "--data-dir",
+        str(data_dir),
+        *options,
+    ]
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT)
     server = Server(process, "", log, data_dir)

@@ -36,6 +36,8 @@ def test_the_frameworks_own_errors_are_in_the_envelope(
 
 def test_the_api_describes_itself(server: Server) -> None:
     paths = server.get("/openapi.json").json()["paths"]
-    assert {"/v1/videos", "/v1/videos/{video_id}", "/v1/videos/{video_id}/content", "/v1/models"} <= set(paths)
+    assert {"/v1/videos", "/v1/videos/{video_id}", "/v1/videos/{video_id}/content", "/v1/models"} <= set(
+        paths
+    )
     body = paths["/v1/videos"]["post"]["requestBody"]["content"]
     assert "prompt" in body["multipart/form-data"]["schema"]["properties"]

@@ -24,7 +24,7 @@ PROMPT = "a small yellow square moving up on a navy background"
 @pytest.fixture(scope="module")
 def doomed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of this file's own, whose processes get killed."""
-    with running(tmp_path_factory.mktemp("doomed")) as server:
+    with running(tmp_path_factory.mktemp("doomed"), "--cancel-seconds", "2") as server:
         yield server
 
 
@@ -63,6 +63,19 @@ def test_a_killed_worker_fails_its_job_with_the_reason_and_the_next_job_runs(doo
     assert doomed.worker() != worker
 
 
+def test_a_worker_that_does_not_answer_a_cancel_is_killed(doomed: Server) -> None:
+    doomed.wait_ready()
+    with doomed.client() as client:
+        video = client.videos.create(prompt=PROMPT, extra_body=LONG)
+        wait_for(lambda: step_of(client, video.id) > 0, "a first step")
+        worker = doomed.worker()
+        os.kill(worker, signal.SIGSTOP)
+        began = time.monotonic()
+        assert client.videos.delete(video.id).deleted
+        assert 2 <= time.monotonic() - began < 20
+        assert not alive(worker)
+
+
 def test_a_killed_server_takes_its_worker_along_and_its_jobs_survive(doomed: Server) -> None:
     doomed.wait_ready()
     with doomed.client() as client:
@@ -98,7 +111,10 @@ def _stopping_puts_the_job_back(server: Server, client: openai.OpenAI) -> None:
     assert time.monotonic() - began < 20
     assert not alive(worker)
     with sqlite3.connect(server.data_dir / "jobs.sqlite3") as db:
-        assert db.execute("SELECT status, attempts FROM jobs WHERE id = ?", (video.id,)).fetchone() == ("queued", 0)
+        assert db.execute("SELECT status, attempts FROM jobs WHERE id = ?", (video.id,)).fetchone() == (
+            "queued",
+            0,
+        )
     db.close()
     assert "Traceback" not in server.log.read_text()
 

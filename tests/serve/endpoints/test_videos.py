@@ -104,8 +104,13 @@ def test_seconds_become_frames_and_are_told_as_they_came_out(client: openai.Open
 def test_the_defaults_are_the_tiny_models(client: openai.OpenAI) -> None:
     video = client.videos.create(prompt=PROMPT)
     extra = video.model_extra or {}
-    assert video.size == "128x128"
-    assert [extra[name] for name in ("num_frames", "fps", "num_inference_steps", "guidance_scale")] == [17, 8, 20, 4]
+    assert str(video.size) == "128x128"
+    assert [extra[name] for name in ("num_frames", "fps", "num_inference_steps", "guidance_scale")] == [
+        17,
+        8,
+        20,
+        4,
+    ]
     client.videos.delete(video.id)
 
 
@@ -140,7 +145,9 @@ def test_the_list_is_paged_both_ways(client: openai.OpenAI) -> None:
 def test_the_queue_runs_in_order_and_says_how_long_it_is(client: openai.OpenAI) -> None:
     first, second, third = [client.videos.create(prompt=PROMPT, extra_body=LONG).id for _ in range(3)]
     wait_for(lambda: client.videos.retrieve(first).status == "in_progress", "the first job to run")
-    places = [(client.videos.retrieve(one).model_extra or {})["queue_position"] for one in (first, second, third)]
+    places = [
+        (client.videos.retrieve(one).model_extra or {})["queue_position"] for one in (first, second, third)
+    ]
     assert places == [None, 0, 1]
     for one in (third, second, first):
         client.videos.delete(one)
@@ -193,7 +200,7 @@ def test_only_the_video_variant_exists(client: openai.OpenAI, finished: Video) -
     assert refused.value.code == "unsupported_variant"
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
     "empty prompt": ({"prompt": "  "}, 422, "invalid_prompt", "prompt", "empty"),
     "long prompt": ({"prompt": "x" * 5000}, 422, "invalid_prompt", "prompt", "5000"),
     "size off the grid": ({"size": "100x128"}, 422, "invalid_size", "size", "96 or 112"),
@@ -248,7 +255,9 @@ def test_refusals_leave_no_job_behind(client: openai.OpenAI) -> None:
     assert [video.id for video in client.videos.list()] == before
 
 
-@pytest.mark.parametrize("video_id", ["video_" + "0" * 32, "nope", "..%2F..%2Fjobs.sqlite3", "video_" + "0" * 31 + "G"])
+@pytest.mark.parametrize(
+    "video_id", ["video_" + "0" * 32, "nope", "..%2F..%2Fjobs.sqlite3", "video_" + "0" * 31 + "G"]
+)
 @pytest.mark.parametrize("call", ["retrieve", "delete", "download_content"])
 def test_an_unknown_id_is_not_found(client: openai.OpenAI, call: str, video_id: str) -> None:
     with pytest.raises(openai.NotFoundError) as refused:

@@ -1,0 +1,61 @@
+"""Paths come from job ids alone, and the data directory belongs to one server at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from wan_runtime.serve.storage import ID, Storage, new_id
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    storage = Storage(tmp_path / "data")
+    storage.prepare()
+    return storage
+
+
+def test_ids_are_distinct_and_of_the_form_that_paths_accept(storage: Storage) -> None:
+    ids = {new_id() for _ in range(100)}
+    assert len(ids) == 100
+    assert all(ID.fullmatch(one) for one in ids)
+    assert all(storage.video(one).parent == storage.videos for one in ids)
+
+
+@pytest.mark.parametrize(
+    "job_id",
+    ["../x", "", "video_", f"video_{'0' * 31}/", "/etc/passwd", f"video_{'0' * 32}\n", f"VIDEO_{'0' * 32}"],
+)
+def test_nothing_but_an_id_becomes_a_path(storage: Storage, job_id: str) -> None:
+    with pytest.raises(ValueError, match="not a job id"):
+        storage.video(job_id)
+
+
+def test_the_folders_are_private(storage: Storage) -> None:
+    assert storage.videos.stat().st_mode & 0o077 == 0
+
+
+def test_a_sweep_removes_what_no_job_owns(storage: Storage) -> None:
+    kept, orphan = new_id(), new_id()
+    for one in (kept, orphan):
+        storage.video(one).write_bytes(b"clip")
+    (storage.videos / f".{kept}.mp4.77.part").write_bytes(b"half")
+    storage.sweep([kept])
+    assert list(storage.videos.iterdir()) == [storage.video(kept)]
+
+
+def test_deleting_twice_is_harmless(storage: Storage) -> None:
+    one = new_id()
+    storage.video(one).write_bytes(b"clip")
+    storage.delete(one)
+    storage.delete(one)
+    assert not storage.video(one).exists()
+
+
+def test_a_second_lock_is_refused_until_the_first_is_given_back(storage: Storage) -> None:
+    first = storage.lock()
+    with pytest.raises(BlockingIOError):
+        storage.lock()
+    first.close()
+    storage.lock().close()
