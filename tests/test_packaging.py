@@ -1,4 +1,4 @@
-"""The one package over three root folders: right as a wheel, as an sdist, editable and from the checkout."""
+"""One package over three root folders: right as a wheel, an sdist, editable and from the checkout; and `make`."""
 
 from __future__ import annotations
 
@@ -182,3 +182,33 @@ def test_the_constraints_pin_all_that_make_installs(root: Path) -> None:
 
 def normal(name: str) -> str:
     return name.strip().lower().replace("_", "-")
+
+
+def planned(checkout: Path, target: str) -> str:
+    """The commands that make would run."""
+    return run("make", "--dry-run", target, cwd=checkout)
+
+
+def test_make_sets_up_once_and_again_when_the_pins_change(root: Path, tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(root / name, tmp_path)
+    for target in ("demo", "serve", "test", "check", "bench"):
+        assert "venv --clear .venv" in planned(tmp_path, target), target
+    ready = tmp_path / ".venv" / ".ready"
+    ready.parent.mkdir()
+    ready.touch()
+    assert "pip install" not in planned(tmp_path, "test")
+    newer = ready.stat().st_mtime + 10
+    for name in ("pyproject.toml", "constraints.txt"):
+        before = (tmp_path / name).stat().st_mtime
+        os.utime(tmp_path / name, (newer, newer))
+        assert "pip install" in planned(tmp_path, "test"), name
+        os.utime(tmp_path / name, (before, before))
+
+
+def test_continuous_integration_runs_what_people_run(root: Path) -> None:
+    script = root / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    lines = script.read_text().splitlines()
+    assert "set -euo pipefail" in lines
+    assert lines[-1] == "make test"
