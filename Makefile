@@ -21,8 +21,8 @@ help:  ## Print this list
 demo: $(READY)  ## Serve the bundled tiny model in NVFP4, generate one clip over HTTP, save demo.mp4
 	$(BIN)/python examples/demo.py
 
-serve: $(READY)  ## Keep the server up on the bundled tiny model
-	$(BIN)/wan-serve
+serve: $(READY)  ## Keep that server up, on port 8000
+	$(BIN)/python examples/demo.py --serve
 
 test: check  ## The checks, then every test, with coverage printed
 	$(BIN)/python -m pytest --cov --cov-report=term
