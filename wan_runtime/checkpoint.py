@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from wan_runtime.dialects import DIALECTS, Dialect, Layer, Reading, identify
 from wan_runtime.errors import AmbiguousDialect, BadTensor, CheckpointError
 from wan_runtime.formats import FORMATS, BadSlot
 from wan_runtime.header import DTYPES, Header, read_header
-from wan_runtime.names import Spelling, Variant, prefix_of, spelling_of, to_original, variant_of
+from wan_runtime.names import Spelling, Variant, naming_of, to_original, variant_of
 
 LAYERS_COMPARED = 4  # enough to tell readings apart: a wrong one is off by 0.4 or more, the right one by 0.1
+FARTHEST = 0.25
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def open_checkpoint(
     Raises CheckpointError and its subclasses; docs/formats.md says how each case is decided.
     """
     header = read_header(path)
+    naming_of(header.path, header.entries)  # that it is a WAN transformer at all comes before who wrote it
     if reference is not None and dialect is None:
         dialect_record, evidence = _settle(header, Path(reference))
     else:
@@ -79,16 +82,13 @@ def open_checkpoint(
 
 def _interpret(header: Header, dialect: Dialect, evidence: str) -> Checkpoint:
     reading = dialect.read(header)
-    prefix = prefix_of([*reading.layers, *reading.plain])
-    modules = {
-        name.removeprefix(prefix)
-        for name in (*reading.layers, *(k.rpartition(".")[0] for k in reading.plain))
-    }
-    spelling = spelling_of(header.path, modules)
-    layers = _renamed(header, spelling, prefix, {name: name for name in reading.layers})
-    plain = _renamed(header, spelling, prefix, {key: key for key in reading.plain})
+    spelling, prefix = naming_of(header.path, header.entries)
+    layers = _renamed(header, spelling, prefix, reading.layers)
+    plain = _renamed(header, spelling, prefix, reading.plain)
     _refuse_overlap(header, reading, layers, plain)
-    shapes = {f"{path}.weight": reading.layers[name].shape for path, name in layers.items()}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{path}.weight": reading.layers[name].shape for path, name in layers.items()
+    }
     shapes |= {path: header.entries[key].shape for path, key in plain.items()}
     return Checkpoint(
         header=header,
@@ -103,7 +103,7 @@ def _interpret(header: Header, dialect: Dialect, evidence: str) -> Checkpoint:
     )
 
 
-def _renamed(header: Header, spelling: Spelling, prefix: str, names: Mapping[str, str]) -> dict[str, str]:
+def _renamed(header: Header, spelling: Spelling, prefix: str, names: Iterable[str]) -> dict[str, str]:
     """Original path -> name in the file; two names for one path are refused."""
     renamed: dict[str, str] = {}
     for name in names:
@@ -143,11 +143,8 @@ def _settle(header: Header, reference: Path) -> tuple[Dialect, str]:
             continue
     listed = ", ".join(f"{name} {error:.3f}" for name, error in errors.items())
     best = min(errors, key=lambda name: errors[name], default=None)
-    if (
-        best is None
-        or errors[best] > 0.25
-        or any(e < 2 * errors[best] for n, e in errors.items() if n != best)
-    ):
+    rivals = [error for name, error in errors.items() if name != best]
+    if best is None or not errors[best] <= FARTHEST or any(not 2 * errors[best] < e for e in rivals):
         raise CheckpointError(
             header.path,
             f"no reading is close to {reference} (relative error of each: {listed or 'none fits'}); it is not the file "
@@ -157,9 +154,13 @@ def _settle(header: Header, reference: Path) -> tuple[Dialect, str]:
 
 
 def _distance(checkpoint: Checkpoint, base: Checkpoint) -> float:
-    """The median relative L2 error over a few layers that both files hold."""
+    """The median relative L2 error over a few NVFP4 layers (the others do not depend on the reading) of both files."""
     errors = []
-    shared = [path for path in checkpoint.layers if f"{path}.weight" in base.plain]
+    shared = [
+        path
+        for path, layer in checkpoint.layers.items()
+        if f"{path}.weight" in base.plain and layer.format == "nvfp4"
+    ]
     for path in shared[:: max(len(shared) // LAYERS_COMPARED, 1)][:LAYERS_COMPARED]:
         slots = read_layer(checkpoint, path)
         weight = FORMATS[checkpoint.layers[path].format].dequantize(slots)
@@ -168,7 +169,7 @@ def _distance(checkpoint: Checkpoint, base: Checkpoint) -> float:
             raise CheckpointError(
                 base.path, f"{path}.weight has shape {list(truth.shape)}, not {list(weight.shape)}."
             )
-        errors.append(((weight - truth).norm() / truth.norm()).item())
+        errors.append(float((weight - truth).norm() / truth.norm()))
     if not errors:
         raise CheckpointError(
             base.path, "it holds none of the quantised layers unquantised, so it cannot be a reference."
@@ -198,22 +199,29 @@ def stream(checkpoint: Checkpoint, device: torch.device) -> Iterator[Loaded]:
     owners = {source.key: path for path, layer in checkpoint.layers.items() for source in layer.sources}
     tensors = {key: path for path, key in checkpoint.plain.items()}
     waiting: dict[str, dict[str, torch.Tensor]] = {}
-    with safe_open(checkpoint.path, framework="pt") as file:
+    with _opened(checkpoint.path) as file:
         for key in checkpoint.header.entries:
+            if key in checkpoint.markers:
+                continue
+            tensor = file.get_tensor(key).to(device)
             if key in tensors:
-                yield Loaded(
-                    tensors[key],
-                    None,
-                    {"tensor": _plain_tensor(checkpoint, key, file.get_tensor(key).to(device))},
-                )
-            elif key in owners:
-                path = owners[key]
-                layer = checkpoint.layers[path]
-                slots = waiting.setdefault(path, {})
-                slots |= _decoded(checkpoint, layer, key, file.get_tensor(key).to(device))
-                if len(slots) == len(layer.sources):
-                    _check(checkpoint, layer, slots)
-                    yield Loaded(path, layer.format, waiting.pop(path))
+                yield Loaded(tensors[key], None, {"tensor": _plain_tensor(checkpoint, key, tensor)})
+                continue
+            path = owners[key]  # a key that nothing owns is a defect of the dialect, and a KeyError here
+            layer = checkpoint.layers[path]
+            slots = waiting.setdefault(path, {})
+            slots |= _decoded(checkpoint, layer, key, tensor)
+            if len(slots) == len(layer.sources):
+                _check(checkpoint, layer, slots)
+                yield Loaded(path, layer.format, waiting.pop(path))
+
+
+def _opened(path: Path) -> Any:
+    """The file memory-mapped; the safetensors library has its own eyes on the header."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(path, f"the safetensors library refuses the file ({error}).") from error
 
 
 def _plain_tensor(checkpoint: Checkpoint, key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -240,6 +248,9 @@ def _check(checkpoint: Checkpoint, layer: Layer, slots: Mapping[str, torch.Tenso
     """Shapes and values of a complete layer, against its format."""
     weight_format = FORMATS[layer.format]
     keys = {source.slot: source.key for source in layer.sources}
+    refusal = weight_format.refuses(*layer.shape)
+    if refusal is not None:
+        raise BadTensor(checkpoint.path, keys["payload"], f"it cannot be {layer.format}: {refusal}.")
     for name, (dtype, shapes) in weight_format.layout(*layer.shape).items():
         tensor = slots[name]
         if tensor.dtype != dtype or tuple(tensor.shape) not in shapes:

@@ -19,6 +19,7 @@ import torch
 from wan_runtime.errors import BadTensor, CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_DIMENSIONS = 16
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -72,7 +73,8 @@ class Header:
         data = bytearray(entry.nbytes)
         with open(self.path, "rb") as file:
             file.seek(entry.start)
-            file.readinto(data)
+            if file.readinto(data) != entry.nbytes:
+                raise BadTensor(self.path, key, "the file became shorter while it was read.")
         return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
 
 
@@ -89,18 +91,18 @@ def read_header(path: Path | str) -> Header:
         raise CheckpointError(path, "there is no such file.")
     size = path.stat().st_size
     with open(path, "rb") as file:
-        start = file.read(8)
+        start = file.read(9)
         _refuse_other_formats(path, start, size)
-        length = int.from_bytes(start, "little")
+        length = int.from_bytes(start[:8], "little")
         if length > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(
                 path,
                 f"the header claims {length} bytes and the file has {size}: it is cut short or is not a safetensors "
                 "file. Download it again and compare its size or hash with the publisher's.",
             )
-        text = file.read(length)
+        text = start[8:] + file.read(length - 1)
     try:
-        fields = json.loads(text)
+        fields = json.loads(text.decode(), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             path, f"the header is not valid JSON ({error}); the file is damaged."
@@ -126,7 +128,18 @@ def _only_file(folder: Path) -> Path:
     return files[0]
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that is there twice, JSON readers keep one without a word."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return fields
+
+
 def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
+    if size >= 10 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+        return  # a header of 640 bytes starts like a pickle
     if start[:4] == b"GGUF":
         raise CheckpointError(
             path, "this is a GGUF file, which is not read; use the safetensors release of the model."
@@ -142,14 +155,21 @@ def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
 
 def _entry(path: Path, key: str, value: object, data_start: int, size: int) -> Entry:
     match value:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+        case {
+            "dtype": str(dtype),
+            "shape": list(shape),
+            "data_offsets": [int(begin), int(end)],
+            **others,
+        } if not others:
             pass
         case _:
             raise BadTensor(path, key, f"its header entry is malformed: {str(value)[:120]}.")
     if dtype not in DTYPES:
         raise BadTensor(path, key, f"dtype {dtype!r} is not known.")
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
-        raise BadTensor(path, key, f"its shape {str(shape)[:80]} is not a list of sizes.")
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n <= size for n in shape):
+        raise BadTensor(
+            path, key, f"its shape {str(shape)[:80]} is not one of a tensor in a file of {size} bytes."
+        )
     if not 0 <= begin <= end or data_start + end > size:
         raise BadTensor(
             path,

@@ -106,7 +106,7 @@ def identify(header: Header, named: str | None = None) -> tuple[Dialect, str]:
         return DIALECTS[named], "named by the caller"
     own = _own_marker(header)
     if own is not None:
-        return DIALECTS[own], f"the header's {OWN_MARKER!r} marker says so"
+        return own, f"the header's {OWN_MARKER!r} marker says so"
     found = {name: evidence for name in DIALECTS if (evidence := DIALECTS[name].detect(header)) is not None}
     sure = {name: evidence for name, evidence in found.items() if evidence.sure}
     candidates = sure or found
@@ -134,15 +134,15 @@ def describe(header: Header) -> str:
     )
 
 
-def _own_marker(header: Header) -> str | None:
+def _own_marker(header: Header) -> Dialect | None:
     text = header.metadata.get(OWN_MARKER)
     if text is None:
         return None
     try:
-        name = json.loads(text)["dialect"]
-    except (ValueError, KeyError, TypeError) as error:
+        return DIALECTS[json.loads(text)["dialect"]]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             header.path,
-            f"the header's {OWN_MARKER!r} marker {text[:120]!r} is damaged ({error!r}); name the dialect.",
+            f"the header's {OWN_MARKER!r} marker {text[:120]!r} is damaged or newer than this version ({error}); "
+            "name the dialect with --dialect.",
         ) from error
-    return str(name)

@@ -13,6 +13,11 @@ from wan_runtime.header import Entry, Header
 
 FP8 = {"F8_E4M3": "fp8", "F8_E5M2": "fp8_e5m2"}
 FLOAT = ("F32", "BF16", "F16", "F64")
+# Leaves that change what a weight means, beside every leaf with "scale" in its name; left over, they are an error.
+MEANINGFUL = frozenset(
+    ("alpha", "weight_packed", "weight_zeros", "zero_point", "weight_s_rel", "weight_s_channel", "weight_codebook",
+     "svdquant_lora_a", "svdquant_lora_b", "_amax", "comfy_quant", "proj_down", "proj_up", "smooth_factor")
+)  # fmt: skip
 
 
 def leaf(key: str) -> str:
@@ -27,13 +32,21 @@ def leaves(header: Header) -> set[str]:
     return {leaf(key) for key in header.entries}
 
 
+def is_scale(key: str) -> bool:
+    """Whether a key is some producer's scale; diffusers' modulation table has the word in its name and is none."""
+    return "scale" in leaf(key) and leaf(key) != "scale_shift_table"
+
+
 def is_linear_weight(key: str, entry: Entry) -> bool:
     return leaf(key) == "weight" and len(entry.shape) == 2
 
 
 def scale_slot(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
-    """A scale of one element or one an output channel, whatever its shape and dtype -> fp32 [1, 1] or [out, 1]."""
-    if tensor.numel() not in (1, out):
+    """A scale of one element, [out] or [out, 1] -> fp32 [1, 1] or [out, 1].
+
+    The shape decides, not the count: a scale a 64 x 64 block of a [dim, 4096] weight has `dim` elements too.
+    """
+    if tensor.numel() != 1 and tuple(tensor.shape) not in ((out,), (out, 1)):
         raise ValueError(
             f"a scale of shape {list(tensor.shape)} fits neither one a tensor nor one an output channel ({out})."
         )
@@ -52,8 +65,11 @@ def code_slot(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
     return tensor.view(torch.uint8)
 
 
-def fp8_layer(header: Header, path: str, scale: str, input_scale: str) -> Layer:
-    """An FP8 layer whose scale leaf is `scale`; the scale must be there (a missing one renders as noise)."""
+def fp8_layer(header: Header, path: str, scale: str, input_scale: str, weight_format: str = "") -> Layer:
+    """An FP8 layer whose scale leaf is `scale`; the scale must be there (a missing one renders as noise).
+
+    The weight's dtype decides between e4m3 and e5m2; `weight_format` does for codes stored as U8.
+    """
     key = f"{path}.weight"
     entry = header.entries[key]
     if f"{path}.{scale}" not in header.entries:
@@ -66,9 +82,22 @@ def fp8_layer(header: Header, path: str, scale: str, input_scale: str) -> Layer:
             f"it is {entry.dtype} and has no scale ({path}.{scale} is missing) while other layers of this file have "
             f"theirs{f'; the nearest key is {near[0]!r}' if near else ''}. Without its scale the layer is noise.",
         )
+    _refuse_coded_scale(header, f"{path}.{scale}")
     sources = [Source(key, "payload", code_slot), Source(f"{path}.{scale}", "scale", scale_slot)]
     sources += _input_scale(header, path, input_scale)
-    return Layer(path, FP8[entry.dtype], (entry.shape[0], entry.shape[1]), tuple(sources))
+    shape = (entry.shape[0], entry.shape[1])
+    return Layer(path, FP8.get(entry.dtype, weight_format), shape, tuple(sources))
+
+
+def _refuse_coded_scale(header: Header, key: str) -> None:
+    """E8M0 or byte scales belong to other formats, such as MXFP8."""
+    if header.entries[key].dtype not in FLOAT:
+        raise BadTensor(
+            header.path,
+            key,
+            f"this scale must be a float; it is {header.entries[key].dtype} {list(header.entries[key].shape)}, "
+            "as MXFP8 and other block formats have, which are not read.",
+        )
 
 
 def nvfp4_layer(header: Header, path: str, payload: Source, block_scale: Source) -> Layer:
@@ -92,6 +121,7 @@ def nvfp4_layer(header: Header, path: str, payload: Source, block_scale: Source)
         raise BadTensor(
             header.path, block_scale.key, f"NVFP4 block scales are F8_E4M3; these are {scales.dtype}."
         )
+    _refuse_coded_scale(header, f"{path}.weight_scale_2")
     sources = (payload, block_scale, Source(f"{path}.weight_scale_2", "scale", scalar_slot))
     shape = (entry.shape[0], entry.shape[1] * 2)
     return Layer(path, "nvfp4", shape, (*sources, *_input_scale(header, path, "input_scale")))
@@ -110,24 +140,26 @@ def refuse_postprocessed(header: Header) -> None:
 
 def _input_scale(header: Header, path: str, leaf_name: str) -> list[Source]:
     key = f"{path}.{leaf_name}"
-    return [Source(key, "input_scale", scalar_slot)] if key in header.entries else []
+    if key not in header.entries:
+        return []
+    _refuse_coded_scale(header, key)
+    return [Source(key, "input_scale", scalar_slot)]
 
 
-def reading(
-    header: Header, layers: Mapping[str, Layer], markers: tuple[str, ...] = (), orphans: str = ""
-) -> Reading:
+def reading(header: Header, layers: Mapping[str, Layer], markers: tuple[str, ...] = ()) -> Reading:
     """Account for every key. What is in no layer and no marker must be a floating-point tensor of its own.
 
-    `orphans` is a leaf, such as "scale_weight", that may not be left over: a scale without a weight.
+    A scale, or another tensor that changes what a weight means, may not be left over.
     """
     used = {source.key for layer in layers.values() for source in layer.sources} | set(markers)
     rest = [key for key in header.entries if key not in used]
-    stray = [key for key in rest if orphans and leaf(key) == orphans]
+    stray = [key for key in rest if is_scale(key) or leaf(key) in MEANINGFUL]
     if stray:
         raise UnaccountedTensors(
             header.path,
             unconsumed=stray,
-            hint="A scale without its quantised weight means keys were renamed or lost.",
+            hint="Each changes what a weight means, and this dialect has no weight for it: keys were renamed or lost, "
+            "or another tool wrote the file. Nothing was loaded.",
         )
     odd = [key for key in rest if header.entries[key].dtype not in (*FLOAT, *FP8)]
     if odd:

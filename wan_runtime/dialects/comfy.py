@@ -25,12 +25,15 @@ import torch
 from wan_runtime.dialects import Dialect, Evidence, Layer, Marks, Reading, Source, _keys, _swizzle
 from wan_runtime.errors import BadTensor, CheckpointError
 from wan_runtime.header import Header
+from wan_runtime.names import naming_of, without_prefix
 
 HEADER_KEY = "_quantization_metadata"
-FORMATS = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8_e5m2", "nvfp4": "nvfp4"}
-NAMES = {ours: theirs for theirs, ours in FORMATS.items()}
+NAMES = {"fp8": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "nvfp4": "nvfp4"}
+# Also read: convert_to_quant's own name for one scale an output channel, and Model Optimizer's for e4m3.
+FORMATS = {theirs: ours for ours, theirs in NAMES.items()} | {"float8_e4m3fn_rowwise": "fp8", "fp8": "fp8"}
 # Keys of a record that leave the weight's value unchanged.
-HARMLESS = {"format", "full_precision_matrix_mult", "orig_shape", "orig_dtype", "group_size"}
+HARMLESS = {"format", "full_precision_matrix_mult", "orig_dtype"}
+CHECKED = {"orig_shape", "group_size"}  # and these, where they agree with what is read
 LARGEST_RECORD = 65_536
 
 
@@ -57,25 +60,42 @@ def read(header: Header) -> Reading:
     layers = {path: _layer(header, path, record) for path, record in records.items()}
     markers = tuple(key for key in header.entries if _keys.leaf(key) == "comfy_quant")
     _refuse_unmarked(header, layers)
-    return _keys.reading(header, layers, markers, orphans="weight_scale")
+    return _keys.reading(header, layers, markers)
 
 
 def _records(header: Header) -> dict[str, dict[str, Any]]:
-    """Module path as spelled in the file -> its record, from the per-layer tensors or else from the header."""
-    tensors = [key for key in header.entries if _keys.leaf(key) == "comfy_quant"]
-    if tensors:
-        return {_keys.module(key): _parse(header, key, _record_text(header, key)) for key in tensors}
+    """Module path as spelled in the file -> its record, from the per-layer tensors and from the header."""
+    records = _header_records(header)
+    for key in header.entries:
+        if _keys.leaf(key) == "comfy_quant":
+            path, record = _keys.module(key), _parse(header, key, _record_text(header, key))
+            other = records.get(path, record).get("format")
+            if other != record.get("format"):
+                raise BadTensor(
+                    header.path,
+                    key,
+                    f"it says format {record.get('format')!r}, and the header's {HEADER_KEY} says {other!r}.",
+                )
+            records[path] = record
+    return records
+
+
+def _header_records(header: Header) -> dict[str, dict[str, Any]]:
     text = header.metadata.get(HEADER_KEY)
     if text is None:
         return {}
-    fields = _parse(header, HEADER_KEY, text)
-    layers = fields.get("layers", {})
+    layers = _parse(header, HEADER_KEY, text).get("layers", {})
     if not isinstance(layers, dict) or not layers:
         raise CheckpointError(header.path, f"the header's {HEADER_KEY} names no layers.")
-    records = {}
-    for name, record in layers.items():
-        key = _weight_key(header, name)
-        records[_keys.module(key)] = {"format": record} if isinstance(record, str) else dict(record)
+    records: dict[str, dict[str, Any]] = {}
+    _, prefix = naming_of(header.path, header.entries)
+    for name, value in layers.items():
+        record = {"format": value} if isinstance(value, str) else value
+        path = _module_named(header, name, prefix)
+        if not isinstance(record, dict) or path in records:
+            problem = "twice" if path in records else f"with {str(value)[:80]!r}, which is no record"
+            raise CheckpointError(header.path, f"{HEADER_KEY} names the layer {name!r} {problem}.")
+        records[path] = record
     return records
 
 
@@ -101,27 +121,26 @@ def _parse(header: Header, key: str, text: str) -> dict[str, Any]:
     return fields
 
 
-def _weight_key(header: Header, name: str) -> str:
-    """The weight that a header record names; third-party files leave out the file's prefix."""
-    exact = f"{name}.weight"
-    if exact in header.entries:
-        return exact
-    matches = [key for key in header.entries if key.endswith(f".{exact}")]
-    if len(matches) != 1:
+def _module_named(header: Header, name: str, prefix: str) -> str:
+    """The module that a header record names; third-party files leave out the file's prefix, or add one."""
+    bare = without_prefix(name)
+    found = {path for path in (name, bare, prefix + bare) if f"{path}.weight" in header.entries}
+    if len(found) != 1:
         raise CheckpointError(
             header.path,
-            f"{HEADER_KEY} names the layer {name!r}, and {len(matches)} weights of the file match it.",
+            f"{HEADER_KEY} names the layer {name!r}, and {len(found)} weights of the file match it.",
         )
-    return matches[0]
+    return found.pop()
 
 
 def _layer(header: Header, path: str, record: Mapping[str, Any]) -> Layer:
     key = f"{path}.weight"
     if key not in header.entries:
         raise BadTensor(header.path, f"{path}.comfy_quant", "its layer has no weight in the file.")
-    fields = {**record, **(params if isinstance(params := record.get("params"), dict) else {})}
-    fields.pop("params", None)
-    unknown = sorted(name for name in fields if name not in HARMLESS)
+    fields = dict(record)
+    if isinstance(fields.get("params"), dict):  # as convert_to_quant's older versions nest them
+        fields |= fields.pop("params")
+    unknown = sorted(fields.keys() - HARMLESS - CHECKED)
     if unknown:
         raise BadTensor(
             header.path,
@@ -137,16 +156,32 @@ def _layer(header: Header, path: str, record: Mapping[str, Any]) -> Layer:
         )
     if weight_format == "nvfp4":
         payload = Source(key, "payload", _swap_nibbles)
-        return _keys.nvfp4_layer(
-            header, path, payload, Source(f"{path}.weight_scale", "block_scale", _unswizzle)
-        )
-    if (
-        header.entries[key].dtype not in _keys.FP8
-    ):  # the real dtype decides between e4m3 and e5m2, not the record
+        block_scale = Source(f"{path}.weight_scale", "block_scale", _unswizzle)
+        layer = _keys.nvfp4_layer(header, path, payload, block_scale)
+        return _as_recorded(header, layer, fields)
+    entry = header.entries[key]
+    # The real dtype decides between e4m3 and e5m2, not the record; codes stored as bytes have the record alone.
+    if entry.dtype not in (*_keys.FP8, "U8") or len(entry.shape) != 2:
         raise BadTensor(
-            header.path, key, f"its record says {fields['format']} and it is {header.entries[key].dtype}."
+            header.path,
+            key,
+            f"its record says {fields['format']} and it is {entry.dtype} {list(entry.shape)}.",
         )
-    return _keys.fp8_layer(header, path, "weight_scale", "input_scale")
+    layer = _keys.fp8_layer(header, path, "weight_scale", "input_scale", weight_format)
+    return _as_recorded(header, layer, fields)
+
+
+def _as_recorded(header: Header, layer: Layer, record: Mapping[str, Any]) -> Layer:
+    """Hold the layer against what its record says of it: a padded weight or other blocks would be misread."""
+    real = {"orig_shape": list(layer.shape), "group_size": 16 if layer.format == "nvfp4" else None}
+    for name in CHECKED & record.keys():
+        if record[name] not in (None, real[name]):
+            raise BadTensor(
+                header.path,
+                f"{layer.module}.weight",
+                f"its record says {name} {record[name]!r}, and this reading has {real[name]!r}.",
+            )
+    return layer
 
 
 def _refuse_unmarked(header: Header, layers: Mapping[str, Layer]) -> None:

@@ -43,18 +43,16 @@ def read(header: Header) -> Reading:
             layers[path] = _keys.fp8_layer(header, path, "scale_weight", "scale_input")
         elif f"{path}.scale_weight" in header.entries:
             markers += _dummy_scales(header, path, entry.dtype)
-    return _keys.reading(header, layers, tuple(markers), orphans="scale_weight")
+    return _keys.reading(header, layers, tuple(markers))
 
 
 def _dummy_scales(header: Header, path: str, dtype: str) -> list[str]:
     """The scale keys beside an unquantised weight; they must be the dummy 1.0 that converters leave there."""
     key = f"{path}.scale_weight"
-    value = header.read_tensor(key).float()
-    if not bool((value == 1).all()):
+    values = header.read_tensor(key).float().flatten().tolist()
+    if not values or any(value != 1 for value in values):
         raise BadTensor(
-            header.path,
-            key,
-            f"its weight is {dtype}, not fp8, and the scale is {value.flatten()[0].item():g}, not 1.",
+            header.path, key, f"its weight is {dtype}, not fp8, and the scale is {values[:3]}, not 1."
         )
     return [k for k in (key, f"{path}.scale_input") if k in header.entries]
 

@@ -20,24 +20,15 @@ from collections.abc import Mapping
 import torch
 
 from wan_runtime.dialects import Dialect, Evidence, Layer, Marks, Reading, Source, _keys
-from wan_runtime.errors import BadTensor
 from wan_runtime.header import Header
 
 # Keys of producers that share `weight_scale` but mean more by it than this dialect reads.
-FOREIGN = (
-    "weight_packed",
-    "weight_global_scale",
-    "input_global_scale",
-    "alpha",
-    "weight_zeros",
-    "weight_s_rel",
-    "comfy_quant",
-)
+FOREIGN = {*_keys.MEANINGFUL, "weight_global_scale", "input_global_scale"}
 
 
 def detect(header: Header) -> Evidence | None:
     names = _keys.leaves(header)
-    if "weight_scale" not in names or names & set(FOREIGN):
+    if "weight_scale" not in names or names & FOREIGN:
         return None
     _keys.refuse_postprocessed(header)
     config = header.config.get("quantization_config")
@@ -58,7 +49,7 @@ def read(header: Header) -> Reading:
         if not _keys.is_linear_weight(key, entry):
             continue
         if entry.dtype in _keys.FP8:
-            layers[path] = _fp8(header, path)
+            layers[path] = _keys.fp8_layer(header, path, "weight_scale", "input_scale")
         elif entry.dtype == "U8":
             layers[path] = _keys.nvfp4_layer(
                 header,
@@ -66,16 +57,7 @@ def read(header: Header) -> Reading:
                 Source(key, "payload", _keys.code_slot),
                 Source(f"{path}.weight_scale", "block_scale", _plain_block_scale),
             )
-    return _keys.reading(header, layers, orphans="weight_scale")
-
-
-def _fp8(header: Header, path: str) -> Layer:
-    scale = header.entries.get(f"{path}.weight_scale")
-    if scale is not None and scale.dtype not in _keys.FLOAT:
-        raise BadTensor(
-            header.path, f"{path}.weight_scale", f"an FP8 weight's scale is a float; this is {scale.dtype}."
-        )
-    return _keys.fp8_layer(header, path, "weight_scale", "input_scale")
+    return _keys.reading(header, layers)
 
 
 def _plain_block_scale(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Unquantised: bf16, fp16 or fp32 tensors and nothing else (the original release, diffusers, our `convert --to bf16`)."""
+"""Unquantised: bf16, fp16 or fp32 tensors and nothing else (the original release, diffusers, `convert --to bf16`)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from wan_runtime.header import Header
 
 def detect(header: Header) -> Evidence | None:
     kinds = {entry.dtype for entry in header.entries.values()}
-    if (
-        not kinds
-        or not kinds <= set(_keys.FLOAT)
-        or any("scale" in name and name != "scale_shift_table" for name in _keys.leaves(header))
-    ):
+    if not kinds or not kinds <= set(_keys.FLOAT) or any(_keys.is_scale(key) for key in header.entries):
         return None
     return Evidence(True, f"every tensor is {' or '.join(sorted(kinds))} and none is a scale")
 

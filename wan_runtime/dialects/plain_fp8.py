@@ -13,18 +13,31 @@ import torch
 from wan_runtime.dialects import Dialect, Evidence, Layer, Marks, Reading, Source, _keys
 from wan_runtime.header import Header
 
+# Scaling by amax puts the largest code at 448 (e5m2: or 57344), and weights themselves stay below about 20. These are
+# the magnitudes from 240 (e5m2: 256) to the largest finite one.
+SCALED = {torch.float8_e4m3fn: (0x77, 0x7E), torch.float8_e5m2: (0x5C, 0x7B)}
+
 
 def detect(header: Header) -> Evidence | None:
     kinds = {entry.dtype for entry in header.entries.values()}
-    scaled = any("scale" in name and name != "scale_shift_table" for name in _keys.leaves(header))
-    if (
-        not kinds & set(_keys.FP8)
-        or not kinds <= {*_keys.FLOAT, *_keys.FP8}
-        or scaled
-        or "scaled_fp8" in header.entries
-    ):
+    scaled = any(_keys.is_scale(key) for key in header.entries)  # the marker scaled_fp8 counts too
+    if scaled or not kinds & set(_keys.FP8) or not kinds <= {*_keys.FLOAT, *_keys.FP8}:
         return None
     return Evidence(True, "there are fp8 weights and no scale in the whole file")
+
+
+def _cast_codes(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
+    """The codes, unless they fill fp8's range as only scaled ones do: then the scales were lost on the way."""
+    codes = _keys.code_slot(tensor, out, inp)
+    first, last = SCALED[tensor.dtype]
+    magnitudes = codes & 0x7F
+    many = int(((magnitudes >= first) & (magnitudes <= last)).sum())
+    if many:
+        raise ValueError(
+            f"{many} of its values are 240 or more, and no weight is that large: the codes were scaled and the file "
+            "has lost their scales. Download the original again."
+        )
+    return codes
 
 
 def _ones(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
@@ -36,7 +49,7 @@ def read(header: Header) -> Reading:
     layers = {}
     for key, entry in header.entries.items():
         if entry.dtype in _keys.FP8 and _keys.is_linear_weight(key, entry):
-            sources = (Source(key, "payload", _keys.code_slot), Source(key, "scale", _ones))
+            sources = (Source(key, "payload", _cast_codes), Source(key, "scale", _ones))
             path = _keys.module(key)
             layers[path] = Layer(path, _keys.FP8[entry.dtype], (entry.shape[0], entry.shape[1]), sources)
     return _keys.reading(header, layers)

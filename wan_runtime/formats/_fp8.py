@@ -23,7 +23,8 @@ def quantize(weight: torch.Tensor, per_channel: bool, dtype: torch.dtype) -> dic
     top = torch.finfo(dtype).max
     weight = weight.float()
     amax = weight.abs().amax(1, keepdim=True) if per_channel else weight.abs().amax().reshape(1, 1)
-    scale = torch.where(amax > 0, amax / top, torch.ones_like(amax))
+    step = (amax / top).clamp_min(torch.finfo(torch.float32).tiny)  # never 0 by underflow
+    scale = torch.where(amax > 0, step, torch.ones_like(amax))
     codes = (weight / scale).clamp(-top, top).to(dtype)
     return {"payload": codes.view(torch.uint8), "scale": scale}
 

@@ -64,11 +64,15 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(weight: torch.Tensor, per_channel: bool) -> dict[str, torch.Tensor]:
-    """Two-level amax rule, always one fp32 scale a tensor; a block of zeros gets the smallest block scale, a tensor of zeros scale 1."""
+    """Two-level amax rule, one fp32 scale a tensor whatever `per_channel`.
+
+    A block of zeros gets the smallest block scale, a tensor of zeros the scale 1.
+    """
     weight = weight.float()
     out, inp = weight.shape
     amax = weight.abs().amax()
-    scale = torch.where(amax > 0, amax / (E2M1_MAX * E4M3_MAX), torch.ones_like(amax)).reshape(1, 1)
+    step = (amax / (E2M1_MAX * E4M3_MAX)).clamp_min(torch.finfo(torch.float32).tiny)  # never 0 by underflow
+    scale = torch.where(amax > 0, step, torch.ones_like(amax)).reshape(1, 1)
     blocks = weight.reshape(out, inp // BLOCK, BLOCK)
     block_scale = blocks.abs().amax(-1) / E2M1_MAX / scale
     block_scale = block_scale.clamp(SMALLEST_BLOCK_SCALE, E4M3_MAX).to(torch.float8_e4m3fn)

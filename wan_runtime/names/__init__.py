@@ -7,34 +7,28 @@ the whole file known: diffusers' `norm2` is the original's `norm3`, so applying 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from wan_runtime.catalogue import Catalogue
 from wan_runtime.errors import BadTensor, CheckpointError, shown
 
-PREFIXES = (
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "model.model.",
-    "transformer.",
-    "_orig_mod.",
-    "module.",
-    "model.",
-    "net.",
-)
+# What hosts put before a transformer's own names, alone or nested: "model.diffusion_model.", "model._orig_mod.".
+PREFIX = re.compile(r"((model|diffusion_model|transformer|net|module|_orig_mod)\.)*")
+BLOCK_KEY = re.compile(rf"(?P<prefix>{PREFIX.pattern})blocks\.\d+\.(?P<inner>.+)")
 HEAD_DIM = 128  # every published WAN transformer
 PATCH = (1, 2, 2)
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """One spelling. `mark` is a module that only this spelling has; `to_original` maps path prefixes, most specific
-    first, from this spelling to the original one; a block's rows are relative to `blocks.N`."""
+    """One spelling. `marks` are starts of paths in a block that only this spelling has; `top` and `block` map leading
+    components of a path from this spelling to the original one, a block's rows relative to `blocks.N`."""
 
     name: str
-    mark: str
+    marks: tuple[str, ...]
     top: Mapping[str, str]
     block: Mapping[str, str]
 
@@ -75,40 +69,57 @@ def _inverse(name: str) -> tuple[dict[str, str], dict[str, str]]:
     return {v: k for k, v in names.top.items()}, {v: k for k, v in names.block.items()}
 
 
-def prefix_of(keys: Iterable[str]) -> str:
-    """The known prefix that the file's block keys carry, or ''."""
-    for key in keys:
-        head, found, _ = key.partition("blocks.0.")
-        if found and (head == "" or head in PREFIXES):
-            return head
-    return ""
+def without_prefix(key: str) -> str:
+    """A key less whatever a host put before the transformer's own names."""
+    return PREFIX.sub("", key, count=1)
 
 
-def spelling_of(path: Path, modules: Collection[str]) -> Spelling:
-    """The one spelling that a file's modules (prefix removed) are in.
+def naming_of(path: Path, keys: Iterable[str]) -> tuple[Spelling, str]:
+    """The one spelling, and the one prefix, that a file's block keys are in.
 
-    Raises CheckpointError when no spelling fits (another model) or two do (a module under two spellings).
+    Raises CheckpointError when the file is another model or a LoRA, BadTensor when a module is there twice.
     """
-    found = [
-        SPELLINGS[name] for name in SPELLINGS if any(m.startswith(SPELLINGS[name].mark) for m in modules)
-    ]
-    if len(found) == 1:
-        return found[0]
+    keys = list(keys)
+    if any(part.startswith("lora_") for key in keys for part in key.split(".")):
+        raise CheckpointError(
+            path,
+            "this is a LoRA, not a transformer checkpoint. Load the transformer, then give it this file with "
+            "pipe.load_lora_weights.",
+        )
+    found: dict[tuple[str, str], list[str]] = {}
+    for key in keys:
+        match = BLOCK_KEY.fullmatch(key)
+        for name in SPELLINGS if match else ():
+            if match and match["inner"].startswith(SPELLINGS[name].marks):
+                found.setdefault((name, match["prefix"]), []).append(key)
     if not found:
         raise CheckpointError(
             path,
-            "this is not a WAN transformer: no module is named "
-            + " or ".join(repr(SPELLINGS[name].mark) for name in SPELLINGS)
-            + f". Found: {shown(sorted(modules), 6)}. A text encoder, VAE or LoRA is not a transformer checkpoint.",
+            "this is not a WAN transformer: no key looks like "
+            + " or ".join(f"'blocks.0.{SPELLINGS[name].marks[0]}*'" for name in SPELLINGS)
+            + f". Found: {shown(sorted(keys), 6)}. A text encoder or a VAE is not a transformer checkpoint.",
         )
-    pairs = [
-        (from_original(found[0], to_original(found[1], m)), m) for m in modules if m.startswith(found[1].mark)
-    ]
-    twice = next(((a, b) for a, b in pairs if a in modules), pairs[0])
+    if len(found) > 1:
+        _refuse_twice(path, found)
+    [(name, prefix)] = found
+    return SPELLINGS[name], prefix
+
+
+def _refuse_twice(path: Path, found: Mapping[tuple[str, str], list[str]]) -> None:
+    """The file names modules in two ways: say which, with a module that is there in both where there is one."""
+    seen: dict[str, str] = {}
+    twice = tuple(keys[0] for keys in found.values())[:2]
+    for (name, prefix), keys in found.items():
+        for key in keys:
+            one = to_original(SPELLINGS[name], key.removeprefix(prefix))
+            if one in seen:
+                twice = (seen[one], key)
+            seen.setdefault(one, key)
+    two = "spellings" if len({name for name, _ in found}) > 1 else "prefixes"
     raise BadTensor(
         path,
         twice[1],
-        f"the module is in the file under two spellings, also as {twice[0]!r}; which one is meant?",
+        f"the file's modules are under two {two}, also as {twice[0]!r}; which one is meant? Keep one of them.",
     )
 
 

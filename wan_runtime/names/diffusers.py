@@ -4,7 +4,7 @@ from wan_runtime.names import Spelling
 
 SPELLING = Spelling(
     name="diffusers",
-    mark="blocks.0.attn1.",
+    marks=("attn1.", "attn2.", "ffn.net."),
     top={
         "condition_embedder.time_embedder.linear_1": "time_embedding.0",
         "condition_embedder.time_embedder.linear_2": "time_embedding.2",

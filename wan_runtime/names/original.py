@@ -1,5 +1,7 @@
-"""The original release (Wan-Video/Wan2.1, Wan2.2) and what derives from it: ComfyUI, LightX2V, DiffSynth, FastVideo's loader."""
+"""The original release (Wan-Video/Wan2.1, Wan2.2) and what derives from it: ComfyUI, LightX2V, DiffSynth."""
 
 from wan_runtime.names import Spelling
 
-SPELLING = Spelling(name="original", mark="blocks.0.self_attn.", top={}, block={})
+SPELLING = Spelling(
+    name="original", marks=("self_attn.", "cross_attn.", "ffn.0.", "ffn.2."), top={}, block={}
+)

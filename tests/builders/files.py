@@ -1,0 +1,158 @@
+"""Writers of each dialect, by the tables of docs/formats.md: the tensors, and the weights they mean in fp64."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from tests.builders.codes import E2M1, E4M3, E5M2, Bytes, Floats, nearest, pack, tile_order
+
+TABLES = {"fp8": E4M3, "fp8_e5m2": E5M2}
+DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+MARKS = {"fp8": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "nvfp4": "nvfp4"}
+
+
+@dataclass
+class Content:
+    """A file to be: its tensors and metadata, a config.json to lie beside it, and the fp64 weight of each layer."""
+
+    tensors: dict[str, torch.Tensor]
+    weights: dict[str, Floats] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+
+    def write(self, folder: Path, name: str = "model.safetensors") -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / name
+        save_file({key: tensor.contiguous() for key, tensor in self.tensors.items()}, path, self.metadata)
+        if self.config is not None:
+            (folder / "config.json").write_text(json.dumps(self.config))
+        return path
+
+
+def codes_as(codes: Bytes, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(codes)).view(dtype)
+
+
+def fp8(weight: Floats, weight_format: str, *, per_row: bool = False) -> tuple[Bytes, Floats, Floats]:
+    """Codes, the fp32-rounded scale and the weight they mean."""
+    table = TABLES[weight_format]
+    amax = np.abs(weight).max(axis=1, keepdims=True) if per_row else np.abs(weight).max().reshape(1, 1)
+    scale = (amax / np.nanmax(table[np.isfinite(table)])).astype(np.float32).astype(np.float64)
+    codes = nearest(weight / scale, table)
+    return codes, scale, table[codes] * scale
+
+
+def nvfp4(weight: Floats) -> tuple[Bytes, Bytes, float, Floats]:
+    """E2M1 codes [out, in], E4M3 block scales [out, in / 16], the fp32-rounded global scale, the weight they mean."""
+    out, inp = weight.shape
+    scale = float(np.float32(np.abs(weight).max() / (6 * 448)))
+    blocks = weight.reshape(out, inp // 16, 16)
+    block_codes = nearest(np.abs(blocks).max(axis=2) / 6 / scale, E4M3)
+    step = (E4M3[block_codes] * scale)[..., None]
+    codes = nearest(blocks / step, E2M1)
+    return codes.reshape(out, inp), block_codes, scale, (E2M1[codes] * step).reshape(out, inp)
+
+
+def _scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def _layers(state: dict[str, torch.Tensor], modules: list[str]) -> dict[str, Floats]:
+    return {module: state[f"{module}.weight"].double().numpy() for module in modules}
+
+
+def plain(state: dict[str, torch.Tensor], modules: list[str], weight_format: str) -> Content:
+    return Content(dict(state))
+
+
+def plain_fp8(state: dict[str, torch.Tensor], modules: list[str], weight_format: str) -> Content:
+    """G1: a cast without a scale."""
+    content = Content(dict(state))
+    for module, weight in _layers(state, modules).items():
+        codes = nearest(weight, TABLES[weight_format])
+        content.tensors[f"{module}.weight"] = codes_as(codes, DTYPES[weight_format])
+        content.weights[module] = TABLES[weight_format][codes]
+    return content
+
+
+def comfy_scaled_fp8(
+    state: dict[str, torch.Tensor], modules: list[str], weight_format: str, *, per_row: bool = False
+) -> Content:
+    """A1: `.scale_weight` of one element, or one a row; a marker with two elements."""
+    content = Content({**state, "scaled_fp8": torch.zeros(2, dtype=DTYPES[weight_format])})
+    for module, weight in _layers(state, modules).items():
+        codes, scale, meant = fp8(weight, weight_format, per_row=per_row)
+        content.tensors[f"{module}.weight"] = codes_as(codes, DTYPES[weight_format])
+        content.tensors[f"{module}.scale_weight"] = torch.from_numpy(scale).float().reshape(-1, 1)[:, 0]
+        if per_row:
+            content.tensors[f"{module}.scale_weight"] = torch.from_numpy(scale).float()
+        content.weights[module] = meant
+    return content
+
+
+def comfy(state: dict[str, torch.Tensor], modules: list[str], weight_format: str) -> Content:
+    """B1, B2: a JSON record a layer; NVFP4 even-high with block scales in tile order."""
+    content = Content(dict(state))
+    for module, weight in _layers(state, modules).items():
+        record = json.dumps({"format": MARKS[weight_format]}).encode()
+        if weight_format == "nvfp4":
+            codes, block_codes, scale, content.weights[module] = nvfp4(weight)
+            new = {
+                "weight": codes_as(pack(codes, even_high=True)),
+                "weight_scale": codes_as(tile_order(block_codes), torch.float8_e4m3fn),
+                "weight_scale_2": _scalar(scale),
+            }
+        else:
+            new = _plain_scaled(content, module, weight, weight_format)
+        new["comfy_quant"] = torch.tensor(list(record), dtype=torch.uint8)
+        content.tensors |= {f"{module}.{leaf}": tensor for leaf, tensor in new.items()}
+    return content
+
+
+def modelopt(state: dict[str, torch.Tensor], modules: list[str], weight_format: str) -> Content:
+    """C1, C2: NVFP4 even-low with plain block scales; config.json says who wrote it."""
+    algorithm = "NVFP4" if weight_format == "nvfp4" else "FP8"
+    quantization = {"quant_method": "modelopt", "quant_algo": algorithm}
+    config = {"_class_name": "WanTransformer3DModel", "quantization_config": quantization}
+    content = Content(dict(state), config=config)
+    for module, weight in _layers(state, modules).items():
+        if weight_format == "nvfp4":
+            codes, block_codes, scale, content.weights[module] = nvfp4(weight)
+            new = {
+                "weight": codes_as(pack(codes, even_high=False)),
+                "weight_scale": codes_as(block_codes, torch.float8_e4m3fn),
+                "weight_scale_2": _scalar(scale),
+            }
+        else:
+            new = _plain_scaled(content, module, weight, weight_format)
+        content.tensors |= {f"{module}.{leaf}": tensor for leaf, tensor in new.items()}
+    return content
+
+
+def _plain_scaled(
+    content: Content, module: str, weight: Floats, weight_format: str
+) -> dict[str, torch.Tensor]:
+    codes, scale, content.weights[module] = fp8(weight, weight_format)
+    return {
+        "weight": codes_as(codes, DTYPES[weight_format]),
+        "weight_scale": _scalar(float(scale[0, 0])),
+    }
+
+
+Writer = Callable[[dict[str, torch.Tensor], list[str], str], Content]
+# dialect -> its writer and the formats it is tried in; a dialect that is missing here fails its own test.
+WRITERS: dict[str, tuple[Writer, tuple[str, ...]]] = {
+    "comfy": (comfy, ("fp8", "fp8_e5m2", "nvfp4")),
+    "comfy_scaled_fp8": (comfy_scaled_fp8, ("fp8", "fp8_e5m2")),
+    "modelopt": (modelopt, ("fp8", "nvfp4")),
+    "plain": (plain, ("none",)),
+    "plain_fp8": (plain_fp8, ("fp8", "fp8_e5m2")),
+}
