@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wan_runtime.errors import InvalidOption
+from wan_runtime.errors import InvalidOption, QuantisedWeight
 
 Move = Callable[[torch.Tensor], torch.Tensor]
 COMPUTE_DTYPE = (
@@ -101,6 +101,10 @@ class _Model(_OwnDtype):
             "a patched model is not saved with save_pretrained: no loader knows its keys. Write a checkpoint with "
             "wan_runtime.convert, or call wan_runtime.unpatch(model) first."
         )
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Refused before any layer is touched: the first quantised layer would refuse the merge half-way."""
+        raise QuantisedWeight("fuse_lora")
 
 
 _KINDS: dict[str, type[nn.Module]] = {

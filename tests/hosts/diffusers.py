@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import save_file
 from torch import nn
 
 from tests.builders.wan import TINY, Sizes, state
 
 
-def transformer(dtype: torch.dtype = torch.float32, seed: int = 0, sizes: Sizes = TINY) -> WanTransformer3DModel:
+def transformer(
+    dtype: torch.dtype = torch.float32, seed: int = 0, sizes: Sizes = TINY
+) -> WanTransformer3DModel:
     """The model, in eval mode, every tensor in `dtype`."""
     model = WanTransformer3DModel(
         num_attention_heads=sizes.dim // 128,
@@ -60,3 +62,34 @@ def checkpoint(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32) ->
     """A plain file under diffusers names."""
     save_file({k: v.to(dtype) for k, v in state(spelling="diffusers", seed=seed).items()}, path)
     return path
+
+
+def pipeline(model: nn.Module) -> Any:
+    """diffusers' own pipeline around a model, from prompt embeddings to latents: no text encoder and no VAE."""
+    pipe: Any = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=model,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents(pipe: Any, *, steps: int = 2, seed: int = 0) -> torch.Tensor:
+    """What the pipeline denoises to, 16 x 16 pixels, 9 frames."""
+    generator = torch.Generator().manual_seed(7)
+    embeds = {name: torch.randn(1, 16, TINY.text, generator=generator) for name in ("a", "b")}
+    result = pipe(
+        prompt_embeds=embeds["a"],
+        negative_prompt_embeds=embeds["b"],
+        height=64,
+        width=64,
+        num_frames=9,
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+    )
+    frames: torch.Tensor = result.frames
+    return frames
