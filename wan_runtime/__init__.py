@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from wan_runtime.version import VERSION as __version__
+from wan_runtime.version import VERSION
 
 if TYPE_CHECKING:
     from wan_runtime.api import inspect, load, patch, unpatch
@@ -37,6 +37,7 @@ _HOME = {
     "write_video": "video",
 }
 
+__version__ = VERSION
 __all__ = [
     "Catalogue",
     "ClipProfile",
