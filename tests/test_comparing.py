@@ -1,0 +1,188 @@
+"""`compare`: the seed's table by hand is now computed; causes and commands that hold when they are followed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import wan_runtime
+from tests.builders import files, seed, wan
+from wan_runtime.cli import app
+from wan_runtime.errors import CheckpointError, InvalidOption
+
+Tensors = dict[str, torch.Tensor]
+LAYERS = wan.block_linears()
+LAYER = "blocks.0.cross_attn.k"
+
+
+@pytest.fixture(scope="module")
+def state() -> Tensors:
+    return wan.state()
+
+
+@pytest.fixture
+def working(tmp_path: Path, state: Tensors) -> Path:
+    return seed.working_fp8(state, LAYERS).write(tmp_path, "working.safetensors")
+
+
+@pytest.fixture
+def broken(tmp_path: Path, state: Tensors) -> Path:
+    return seed.broken_nvfp4(state, LAYERS).write(tmp_path, "broken.safetensors")
+
+
+def test_the_seeds_two_files_give_the_seeds_table(working: Path, broken: Path) -> None:
+    comparison = wan_runtime.compare(working, broken)
+    assert comparison.layer == LAYER
+    aspects = {name: (a, b) for name, a, b, _ in comparison.rows}
+    expected = {
+        "Weight dtype": ("F8_E4M3", "U8"),
+        "Weight shape": ("[128, 128]", "[128, 64]"),
+        "Scale names": (".scale_weight", ".weight_scale, .weight_scale_2"),
+        "Scales a layer": ("1", "2"),
+        "Scale shapes": ("[1]", "[128, 8], []"),
+        "Scale dtypes": ("F32", "F8_E4M3, F32"),
+        "Bias dtype": ("F32 x 27", "F16 x 27"),
+        "Norm dtype": ("F32 x 12", "F16 x 12"),
+        "Modulation dtype": ("F32 x 3", "F16 x 3"),
+        "Input scale": ("none needed", "missing"),
+        "Layers quantised": ("20 of 20 block Linears", "20 of 20 block Linears"),
+        "Producer's marks": ("none", "none"),
+        "Module names": ("original", "original"),
+        # 71 tensors of the model, and 1 or 2 scales a layer.
+        "Tensors": ("89", "109"),
+        # 128 * 128 codes and a scale; half of that, 128 * 8 block scales and a scale.
+        f"Bytes of {LAYER}": ("16,388", "9,220"),
+        "File size": (f"{working.stat().st_size:,}", f"{broken.stat().st_size:,}"),
+    }
+    assert {name: aspects[name] for name in expected} == expected
+    assert aspects["Dequantisation"][0] == "W = fp32(weight) * scale_weight"
+    for said in ("even high nibble", "even low nibble", "swizzled", "plain", "[comfy]", "[modelopt]"):
+        assert said in aspects["Dequantisation"][1]
+    impacts = {name: impact for name, *_, impact in comparison.rows}
+    assert impacts["Bias dtype"] == "3.3 decimal digits instead of 7.2"
+    assert impacts[f"Bytes of {LAYER}"] == "B is 44% smaller"
+    assert impacts["Module names"] == ""
+
+
+def test_the_causes_name_what_a_host_would_do(working: Path, broken: Path) -> None:
+    causes = "\n".join(wan_runtime.compare(working, broken).causes)
+    for said in (
+        "2 readings fit",
+        f"would look for {LAYER}.scale_weight and not find it",
+        "would leave 40 scale tensors of B unread (.weight_scale, .weight_scale_2)",
+        f"packed codes for weights: {LAYER}.weight is U8 [128, 64]",
+        "Norms lost precision",
+        "Biases lost precision",
+        "Modulation tensors lost precision",
+        "no input_scale",
+    ):
+        assert said in causes
+
+
+def test_the_weights_settle_an_undecided_file_and_the_command_given_then_works(
+    working: Path, broken: Path, tmp_path: Path, state: Tensors
+) -> None:
+    comparison = wan_runtime.compare(working, broken, errors=True)
+    right, wrong = comparison.errors["modelopt"], comparison.errors["comfy"]
+    a, b = seed.working_fp8(state, LAYERS).weights, seed.broken_nvfp4(state, LAYERS).weights
+    for module in LAYERS:
+        exact = np.linalg.norm(a[module] - b[module]) / np.linalg.norm(a[module])
+        assert right[module] == pytest.approx(exact, rel=1e-4)
+        assert wrong[module] > 1
+    [command] = [
+        line for text in comparison.remedies for line in text.splitlines() if line.startswith("wan-runtime")
+    ]
+    assert "--to comfy-fp8-scaled --names original --dialect modelopt" in command
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0, done.output
+    made = tmp_path / "broken-comfy-fp8-scaled.safetensors"
+    again = wan_runtime.compare(working, made, errors=True)
+    assert not any("would look for" in cause for cause in again.causes)
+    assert again.remedies == ("Nothing to convert: B is in A's dialect, format and spelling.",)
+    assert max(again.errors["comfy_scaled_fp8"].values()) < 0.11
+
+
+def test_without_errors_the_remedy_is_to_settle_it(working: Path, broken: Path) -> None:
+    remedies = wan_runtime.compare(working, broken).remedies
+    assert remedies[0].endswith(f"wan-runtime compare {working} {broken} --errors")
+    assert any("--reference BF16_ORIGINAL" in remedy for remedy in remedies)
+    assert any("quantises a second time" in remedy for remedy in remedies)
+
+
+def test_two_nvfp4_files_differ_in_order_alone(tmp_path: Path, state: Tensors) -> None:
+    a = files.comfy(state, LAYERS, "nvfp4").write(tmp_path / "a")
+    b = files.modelopt(state, LAYERS, "nvfp4").write(tmp_path / "b")
+    comparison = wan_runtime.compare(a, b, errors=True)
+    causes = "\n".join(comparison.causes)
+    assert "nibble: A even high, B even low, block scales: A swizzled, B plain" in causes
+    assert "none has a comfy_quant record" in causes
+    assert set(comparison.errors["modelopt"].values()) == {0.0}
+    assert any("--to comfy-nvfp4" in remedy for remedy in comparison.remedies)
+
+
+@pytest.mark.parametrize(("dialect", "target"), [("comfy", "comfy-fp8"), ("modelopt", "modelopt-fp8")])
+def test_the_target_is_the_known_files_dialect_and_spelling(
+    tmp_path: Path, state: Tensors, working: Path, dialect: str, target: str
+) -> None:
+    spelled = wan.state(spelling="diffusers"), wan.block_linears(spelling="diffusers")
+    a = files.WRITERS[dialect][0](*spelled, "fp8").write(tmp_path / "a")
+    comparison = wan_runtime.compare(a, working)
+    assert any(f"--to {target} --names diffusers" in remedy for remedy in comparison.remedies)
+    assert any("would find none of its keys" in cause for cause in comparison.causes)
+
+
+def test_a_lost_marker_and_a_plain_cast_are_named(tmp_path: Path, state: Tensors, working: Path) -> None:
+    marked = files.comfy_scaled_fp8(state, LAYERS, "fp8").write(tmp_path / "marked")
+    assert any(
+        "scaled_fp8 marker is missing" in cause for cause in wan_runtime.compare(marked, working).causes
+    )
+    cast = files.plain_fp8(state, LAYERS, "fp8").write(tmp_path / "cast")
+    causes = wan_runtime.compare(marked, cast).causes
+    assert any("scales that do not exist" in cause for cause in causes)
+
+
+def test_a_file_of_no_known_dialect_is_still_compared(tmp_path: Path, state: Tensors, working: Path) -> None:
+    content = seed.broken_nvfp4(state, LAYERS)
+    for module in LAYERS:
+        content.tensors[f"{module}.weight_global_scale"] = content.tensors.pop(f"{module}.weight_scale_2")
+    comparison = wan_runtime.compare(working, content.write(tmp_path / "unknown"))
+    assert ("Written by", "comfy_scaled_fp8", "unknown") in {row[:3] for row in comparison.rows}
+    assert any("cannot be read with certainty" in cause for cause in comparison.causes)
+    assert "unknown" in str(comparison)
+
+
+def test_different_models_are_said_to_be(tmp_path: Path, working: Path) -> None:
+    other = files.Content(wan.state(wan.Sizes(dim=256, ffn=512))).write(tmp_path / "other")
+    comparison = wan_runtime.compare(working, other)
+    assert any("different models" in cause for cause in comparison.causes)
+    with pytest.raises(InvalidOption, match="different models"):
+        wan_runtime.compare(working, other, errors=True)
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, working: Path, broken: Path) -> None:
+    with pytest.raises(InvalidOption, match="put the known file first"):
+        wan_runtime.compare(broken, working, errors=True)
+    with pytest.raises(InvalidOption, match="not a block Linear of both"):
+        wan_runtime.compare(working, broken, layer="blocks.7.ffn.0")
+    with pytest.raises(CheckpointError, match="no such file"):
+        wan_runtime.compare(working, tmp_path / "none.safetensors")
+
+
+def test_text_and_json_hold_the_same(working: Path, broken: Path) -> None:
+    comparison = wan_runtime.compare(working, broken)
+    fields = json.loads(comparison.to_json())
+    assert fields["b"]["layer"]["weight"] == {"dtype": "U8", "shape": [128, 64]}
+    assert [reading["dialect"] for reading in fields["b"]["readings"]] == ["comfy", "modelopt"]
+    assert fields["causes"] == list(comparison.causes)
+    text = str(comparison)
+    assert "F8_E4M3 [128, 128]" in text
+    # A command is given on one line, to be copied.
+    assert any(
+        line.strip().startswith("wan-runtime convert") and "--to" in line for line in text.splitlines()
+    )
