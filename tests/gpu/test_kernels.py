@@ -55,8 +55,11 @@ def test_expand_nvfp4_matches_its_twin(shape: tuple[int, int]) -> None:
         slots["payload"], slots["block_scale"], slots["scale"]
     )
     torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
-    differ = codes.view(torch.uint8) != expected_codes.view(torch.uint8)
-    assert differ.float().mean() < 1e-3
+    # Many products lie exactly between two codes, so the twins may round apart: each must be a nearest code of the
+    # exact value, half a step of e4m3 away at most (2**-4 of a normal value, 2**-10 of the scale of a subnormal one).
     truth = nvfp4.dequantize(slots).double()
-    expanded = codes.double() * scale.double()
-    assert (expanded - truth).norm() / truth.norm().clamp(min=1e-30) < 0.04
+    allowed = (truth.abs() * 2**-4 + scale.double() * 2**-10) * (1 + 1e-5)
+    for result in (codes.double() * scale.double(), expected_codes.double() * expected_scale.double()):
+        assert ((result - truth).abs() <= allowed).all()
+        assert (result - truth).norm() <= 0.04 * truth.norm()
+    assert not codes[0].double().any()
