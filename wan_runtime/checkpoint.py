@@ -136,19 +136,21 @@ def _settle(header: Header, reference: Path) -> tuple[Dialect, str]:
         names = list(ambiguous.candidates)
     base = open_checkpoint(reference)
     errors: dict[str, float] = {}
+    found: dict[str, str] = {}
     for name in names:
         try:
             errors[name] = _distance(_interpret(header, DIALECTS[name], ""), base)
-        except CheckpointError:
-            continue
-    listed = ", ".join(f"{name} {error:.3f}" for name, error in errors.items())
+            found[name] = f"{errors[name]:.3f}"
+        except CheckpointError as error:
+            found[name] = str(error)
+    listed = ", ".join(f"{name} {outcome}" for name, outcome in found.items())
     best = min(errors, key=lambda name: errors[name], default=None)
     rivals = [error for name, error in errors.items() if name != best]
     if best is None or not errors[best] <= FARTHEST or any(not 2 * errors[best] < e for e in rivals):
         raise CheckpointError(
             header.path,
-            f"no reading is close to {reference} (relative error of each: {listed or 'none fits'}); it is not the file "
-            "these weights were made from.",
+            f"no reading is close to {reference} (relative error of each: {listed}); it is not the file these weights "
+            "were made from.",
         )
     return DIALECTS[best], f"nearest to {reference.name} (relative error: {listed})"
 

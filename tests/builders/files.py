@@ -31,7 +31,9 @@ class Content:
     def write(self, folder: Path, name: str = "model.safetensors") -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / name
-        save_file({key: tensor.contiguous() for key, tensor in self.tensors.items()}, path, self.metadata)
+        save_file(
+            {key: tensor.contiguous().clone() for key, tensor in self.tensors.items()}, path, self.metadata
+        )
         if self.config is not None:
             (folder / "config.json").write_text(json.dumps(self.config))
         return path

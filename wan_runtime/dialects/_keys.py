@@ -149,16 +149,16 @@ def _input_scale(header: Header, path: str, leaf_name: str) -> list[Source]:
 def reading(header: Header, layers: Mapping[str, Layer], markers: tuple[str, ...] = ()) -> Reading:
     """Account for every key. What is in no layer and no marker must be a floating-point tensor of its own.
 
-    A scale, or another tensor that changes what a weight means, may not be left over.
+    A scale, or another tensor that may change what a weight means, may not be left over.
     """
     used = {source.key for layer in layers.values() for source in layer.sources} | set(markers)
     rest = [key for key in header.entries if key not in used]
-    stray = [key for key in rest if is_scale(key) or leaf(key) in MEANINGFUL]
+    stray = [key for key in rest if is_scale(key) or leaf(key) in MEANINGFUL or _belongs(key, layers)]
     if stray:
         raise UnaccountedTensors(
             header.path,
             unconsumed=stray,
-            hint="Each changes what a weight means, and this dialect has no weight for it: keys were renamed or lost, "
+            hint="Each may change what a weight means, and this dialect gives it no meaning: keys were renamed or lost, "
             "or another tool wrote the file. Nothing was loaded.",
         )
     odd = [key for key in rest if header.entries[key].dtype not in (*FLOAT, *FP8)]
@@ -170,3 +170,10 @@ def reading(header: Header, layers: Mapping[str, Layer], markers: tuple[str, ...
             hint=f"They are {', '.join(kinds)}, which this dialect gives no meaning.",
         )
     return Reading(dict(layers), tuple(rest), markers)
+
+
+def _belongs(key: str, layers: Mapping[str, Layer]) -> bool:
+    """Whether a key lies in a quantised layer and is not its bias."""
+    parts = key.split(".")
+    inside = any(".".join(parts[:n]) in layers for n in range(1, len(parts)))
+    return inside and not (parts[-1] == "bias" and module(key) in layers)

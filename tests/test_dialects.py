@@ -1,0 +1,177 @@
+"""Every dialect reads what its independent writer (tests/builders/files.py) wrote, and writes those same bytes."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.builders.codes import tile_order
+from tests.builders.files import WRITERS, Content
+from tests.builders.wan import TINY, block_linears, rows, state
+from wan_runtime.checkpoint import Checkpoint, open_checkpoint, read_layer, read_plain
+from wan_runtime.dialects import DIALECTS, identify
+from wan_runtime.dialects._swizzle import swizzle, unswizzle
+from wan_runtime.errors import CheckpointError, UnknownName
+from wan_runtime.formats import FORMATS
+from wan_runtime.header import read_header
+
+CASES = [(dialect, weight_format) for dialect, (_, formats) in WRITERS.items() for weight_format in formats]
+QUANTISED = [case for case in CASES if case[1] != "none"]
+
+
+@functools.cache
+def _built(dialect: str, weight_format: str, spelling: str, prefix: str) -> Content:
+    modules = block_linears(TINY, spelling, prefix)
+    return WRITERS[dialect][0](state(TINY, spelling=spelling, prefix=prefix), modules, weight_format)
+
+
+def content(dialect: str, weight_format: str, spelling: str = "original", prefix: str = "") -> Content:
+    """A tiny file's content; the caller may change its dictionaries."""
+    built = _built(dialect, weight_format, spelling, prefix)
+    config = json.loads(json.dumps(built.config))
+    return Content(dict(built.tensors), dict(built.weights), dict(built.metadata), config)
+
+
+def assert_reads(
+    checkpoint: Checkpoint, wanted: Content, spelling: str = "original", prefix: str = ""
+) -> None:
+    """The checkpoint means exactly the weights that were written, and holds every other tensor unchanged."""
+    originals = {prefix + (row[0] if spelling == "original" else row[1]): row[0] for row in rows()}
+    weights = {originals[f"{path}.weight"].removesuffix(".weight"): w for path, w in wanted.weights.items()}
+    assert checkpoint.layers.keys() == weights.keys()
+    for path, truth in weights.items():
+        weight = FORMATS[checkpoint.layers[path].format].dequantize(read_layer(checkpoint, path))
+        np.testing.assert_allclose(weight.double().numpy(), truth, rtol=2**-22, atol=0)
+    plain = {originals[key]: key for key in originals if key.removesuffix(".weight") not in wanted.weights}
+    assert checkpoint.plain.keys() == plain.keys()
+    for path, key in plain.items():
+        assert read_plain(checkpoint, path).equal(wanted.tensors[key])
+
+
+def test_every_dialect_has_an_independent_writer() -> None:
+    """A new dialect adds its writer to tests/builders/files.py; every test below then covers it."""
+    assert set(WRITERS) == set(DIALECTS)
+
+
+@pytest.mark.parametrize("name", list(DIALECTS))
+def test_a_dialect_says_what_it_is(name: str) -> None:
+    dialect = DIALECTS[name]
+    assert dialect.name == name
+    assert dialect.row and dialect.meaning
+    assert set(dialect.targets.values()) <= {*FORMATS, "bf16"}
+
+
+def test_a_target_of_convert_belongs_to_one_dialect() -> None:
+    targets = [target for name in DIALECTS for target in DIALECTS[name].targets]
+    assert len(set(targets)) == len(targets)
+
+
+@pytest.mark.parametrize("spelling", ["original", "diffusers"])
+@pytest.mark.parametrize(("dialect", "weight_format"), CASES)
+def test_a_file_is_recognised_and_means_what_was_written(
+    tmp_path: Path, dialect: str, weight_format: str, spelling: str
+) -> None:
+    wanted = content(dialect, weight_format, spelling)
+    checkpoint = open_checkpoint(wanted.write(tmp_path))
+    assert (checkpoint.dialect.name, checkpoint.spelling.name) == (dialect, spelling)
+    assert checkpoint.evidence
+    assert {layer.format for layer in checkpoint.layers.values()} <= {weight_format}
+    assert_reads(checkpoint, wanted, spelling)
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "transformer."])
+@pytest.mark.parametrize(("dialect", "weight_format"), CASES)
+def test_a_prefix_changes_nothing(tmp_path: Path, dialect: str, weight_format: str, prefix: str) -> None:
+    wanted = content(dialect, weight_format, prefix=prefix)
+    checkpoint = open_checkpoint(wanted.write(tmp_path))
+    assert (checkpoint.dialect.name, checkpoint.prefix) == (dialect, prefix)
+    assert_reads(checkpoint, wanted, prefix=prefix)
+
+
+@pytest.mark.parametrize(("dialect", "weight_format"), QUANTISED)
+def test_naming_the_right_dialect_reads_the_same(tmp_path: Path, dialect: str, weight_format: str) -> None:
+    wanted = content(dialect, weight_format)
+    assert_reads(open_checkpoint(wanted.write(tmp_path), dialect=dialect.replace("_", "-")), wanted)
+
+
+@pytest.mark.parametrize(("dialect", "weight_format"), QUANTISED)
+@pytest.mark.parametrize("named", list(DIALECTS))
+def test_naming_a_wrong_dialect_is_refused_or_means_the_same(
+    tmp_path: Path, dialect: str, weight_format: str, named: str
+) -> None:
+    """Except where --dialect is the only thing that decides: an NVFP4 file's nibbles and layout."""
+    wanted = content(dialect, weight_format)
+    path = wanted.write(tmp_path)
+    if weight_format == "nvfp4" and {dialect, named} == {"comfy", "modelopt"}:
+        pytest.skip("the two readings of NVFP4 cannot be told apart: the caller's word is taken")
+    try:
+        checkpoint = open_checkpoint(path, dialect=named)
+    except CheckpointError as error:
+        assert str(path) in str(error)
+        return
+    for module, truth in wanted.weights.items():
+        if module in checkpoint.layers:
+            weight = FORMATS[checkpoint.layers[module].format].dequantize(read_layer(checkpoint, module))
+        else:
+            weight = read_plain(checkpoint, f"{module}.weight")
+        np.testing.assert_allclose(weight.double().numpy(), truth, rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize(("dialect", "weight_format"), QUANTISED)
+def test_what_a_dialect_writes_is_what_its_producer_writes(
+    tmp_path: Path, dialect: str, weight_format: str
+) -> None:
+    """Read an independent file into slots, encode the slots again, and compare with the file byte for byte."""
+    if weight_format not in DIALECTS[dialect].targets.values():
+        pytest.skip(f"{dialect} files in {weight_format} are read and not written")
+    wanted = content(dialect, weight_format)
+    checkpoint = open_checkpoint(wanted.write(tmp_path))
+    for path in checkpoint.layers:
+        encoded = DIALECTS[dialect].encode(weight_format, read_layer(checkpoint, path))
+        theirs = {
+            key.rpartition(".")[2]: t for key, t in wanted.tensors.items() if key.startswith(f"{path}.")
+        }
+        theirs.pop("bias")
+        assert encoded.keys() == theirs.keys()
+        for leaf, tensor in theirs.items():
+            assert encoded[leaf].dtype == tensor.dtype and encoded[leaf].shape == tensor.shape
+            assert encoded[leaf].flatten().view(torch.uint8).equal(tensor.flatten().view(torch.uint8))
+
+
+def test_an_unknown_dialect_lists_the_known_ones(tmp_path: Path) -> None:
+    header = read_header(content("plain", "none").write(tmp_path))
+    with pytest.raises(UnknownName, match=r"no dialect named 'comfyui'\. Known: comfy, comfy_scaled_fp8"):
+        identify(header, "comfyui")
+
+
+@pytest.mark.parametrize(("number", "cols"), [(1, 1), (64, 320), (128, 8), (130, 5), (256, 96), (300, 33)])
+def test_the_tile_order_is_the_published_one(number: int, cols: int) -> None:
+    """Against the offset formula, element by element; the padding is zero."""
+    scales = np.random.default_rng(number).integers(1, 127, (number, cols), dtype=np.uint8)
+    tiled = swizzle(torch.from_numpy(scales))
+    np.testing.assert_array_equal(tiled.numpy(), tile_order(scales))
+    assert unswizzle(tiled, number, cols).equal(torch.from_numpy(scales))
+
+
+def test_block_scales_of_another_size_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"64 x 320 grid take 128 x 320 bytes; the file has shape \[64, 320\]"
+    ):
+        unswizzle(torch.zeros(64, 320, dtype=torch.uint8), 64, 320)
+
+
+def test_the_nibbles_and_the_layout_cannot_be_told_from_shapes(tmp_path: Path) -> None:
+    """Why an unmarked NVFP4 file is refused: the other reading has the same size and is far off."""
+    wanted = content("comfy", "nvfp4")
+    for key in [key for key in wanted.tensors if key.endswith("comfy_quant")]:
+        del wanted.tensors[key]
+    checkpoint = open_checkpoint(wanted.write(tmp_path), dialect="modelopt")
+    for path, truth in wanted.weights.items():
+        weight = FORMATS["nvfp4"].dequantize(read_layer(checkpoint, path)).double().numpy()
+        assert np.linalg.norm(weight - truth) > np.linalg.norm(truth)
+        assert abs(np.log(weight.std() / truth.std())) < 0.2
