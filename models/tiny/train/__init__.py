@@ -1,0 +1,1 @@
+"""Training of the tiny Wan pipeline: procedural clips, and one module for each stage."""

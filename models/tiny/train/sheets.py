@@ -1,0 +1,57 @@
+"""Pictures to look at after training: what the VAE does to clips, and what the pipeline draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+from PIL import Image
+
+from . import scenes
+
+PROMPTS = [
+    "a large red circle moving right on a black background",
+    "a small yellow square moving up on a navy background",
+    "a large purple triangle moving down on a white background",
+    "a large cyan ring standing still on a gray background",
+    "a small orange circle moving left on a black background",
+    "a large green square moving right on a white background",
+]
+
+
+@torch.no_grad()
+def vae_sheet(vae: AutoencoderKLWan, path: Path, count: int = 6) -> None:
+    """Unseen clips (left of each pair) beside the VAE's reconstruction (right), at three times."""
+    device = next(vae.parameters()).device
+    generator = torch.Generator(device).manual_seed(20_002)
+    clip = scenes.render(scenes.sample(count, generator), generator)
+    drawn = vae.decode(vae.encode(clip).latent_dist.mode()).sample
+    pairs = [torch.cat([clip[:, :, i], drawn[:, :, i]], 3) for i in (0, 8, 16)]
+    rows = torch.cat(pairs, 3)  # [count, 3, h, 6 w]
+    sheet = torch.cat(list(rows), 1).permute(1, 2, 0)
+    Image.fromarray(((sheet.float().cpu().numpy() + 1) * 127.5).round().astype(np.uint8)).save(path)
+
+
+def sample_sheet(
+    pipeline: WanPipeline, path: Path, steps: int = 20, prompts: list[str] | None = None
+) -> None:
+    """Five frames of one clip for each prompt, drawn by `pipeline` where it is."""
+    texts = PROMPTS if prompts is None else prompts
+    device = pipeline.device
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        clips = pipeline(
+            texts,
+            negative_prompt=[""] * len(texts),
+            height=scenes.RESOLUTION,
+            width=scenes.RESOLUTION,
+            num_frames=scenes.FRAMES,
+            num_inference_steps=steps,
+            guidance_scale=4.0,
+            generator=torch.Generator("cpu").manual_seed(1),
+            output_type="np",
+        ).frames
+    rows = [np.concatenate([clip[i] for i in (0, 4, 8, 12, 16)], 1) for clip in clips]
+    Image.fromarray((np.concatenate(rows, 0) * 255).round().astype(np.uint8)).save(path)

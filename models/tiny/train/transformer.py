@@ -1,0 +1,225 @@
+"""Stage 2: the text encoder and the transformer, together, on the latents of the trained VAE.
+
+Flow matching as Wan is sampled: x_s = (1 - s) x_0 + s noise, the model is asked for noise - x_0 at time
+1000 s, and s is shifted by 3 like the scheduler's. One prompt in ten is dropped, for guidance.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+from .. import words
+from . import scenes, whole
+from .schedule import learning_rate
+
+SHIFT = 3.0
+TEXT_LENGTH = 512  # what WanPipeline pads the text encoder's output to
+TOKENS = 48  # longer than any prompt, so that the text encoder is not trained on padding
+
+
+@dataclass(frozen=True)
+class TransformerOptions:
+    """How many clips are encoded once as the data set, how many are drawn for a step, and the peak rate."""
+
+    clips: int = 8192
+    batch: int = 256
+    peak: float = 1.2e-3
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids and masks of the data set's prompts, int64 [n, 48], and of the empty prompt, [1, 48]."""
+
+    ids: Tensor
+    mask: Tensor
+    empty_ids: Tensor
+    empty_mask: Tensor
+
+    def drawn(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and mask of `rows`, each replaced by the empty prompt with probability 0.1."""
+        dropped = (torch.rand(len(rows), device=rows.device) < 0.1)[:, None]
+        ids = torch.where(dropped, self.empty_ids, self.ids[rows])
+        return ids, torch.where(dropped, self.empty_mask, self.mask[rows])
+
+
+def build_text_encoder(vocabulary: int) -> UMT5EncoderModel:
+    """An untrained UMT5 encoder of 0.3 M parameters."""
+    config = UMT5Config(
+        vocab_size=vocabulary,
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        pad_token_id=0,
+        eos_token_id=1,
+        dropout_rate=0.0,
+    )
+    return UMT5EncoderModel(config)
+
+
+def build_transformer() -> WanTransformer3DModel:
+    """An untrained Wan transformer of 7 M parameters; like the real one's, its block Linears are x128."""
+    return WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=128,
+        in_channels=16,
+        out_channels=16,
+        text_dim=128,
+        freq_dim=256,
+        ffn_dim=1024,
+        num_layers=6,
+    )
+
+
+@torch.no_grad()
+def encode_clips(vae: AutoencoderKLWan, classes: Tensor, generator: torch.Generator) -> Tensor:
+    """Latents of one clip for each scene, normalised; the statistics go into the VAE's own config."""
+    chunks = []
+    for i in range(0, len(classes), 64):
+        clip = scenes.render(classes[i : i + 64], generator)
+        chunks.append(whole.encode(vae, clip)[0])
+    latents = torch.cat(chunks)
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    shape = (1, -1, 1, 1, 1)
+    return (latents - mean.view(shape)) / std.view(shape)
+
+
+def tokenise(tokenizer: Any, classes: Tensor) -> Prompts:
+    """The prompts of `classes` [n, 5] as token ids, on its device."""
+
+    def encoded(texts: list[str]) -> tuple[Tensor, Tensor]:
+        batch = tokenizer(texts, padding="max_length", max_length=TOKENS, return_tensors="pt")
+        return batch.input_ids.to(classes.device), batch.attention_mask.to(classes.device)
+
+    texts = [words.prompt(words.named(row)) for row in classes.tolist()]
+    return Prompts(*encoded(texts), *encoded([""]))
+
+
+def noised(clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A point on the path of each latent, its time s in 0..1, and the velocity to be predicted there."""
+    uniform = torch.randn(len(clean), device=clean.device).sigmoid()
+    s = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+    noise = torch.randn_like(clean, dtype=torch.float32)
+    wide = s.view(-1, 1, 1, 1, 1)
+    return (1 - wide) * clean + wide * noise, s, noise - clean
+
+
+def fit(
+    text_encoder: UMT5EncoderModel,
+    transformer: WanTransformer3DModel,
+    latents: Tensor,
+    prompts: Prompts,
+    seconds: float,
+    options: TransformerOptions,
+) -> int:
+    """Trains both for `seconds`, leaves their averaged weights in them, and returns the steps made."""
+    device = latents.device
+    cuda = device.type == "cuda"
+    parameters = [*transformer.parameters(), *text_encoder.parameters()]
+    opt = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.01, betas=(0.9, 0.99), fused=cuda)
+    average = [p.detach().clone() for p in parameters]
+    if options.compiled:
+        transformer.compile_repeated_blocks(fullgraph=True)
+    start, step = time.monotonic(), 0
+    while (progress := (time.monotonic() - start) / seconds) < 1:
+        for group in opt.param_groups:
+            group["lr"] = learning_rate(progress, options.peak)
+        rows = torch.randint(len(latents), (options.batch,), device=device)
+        ids, mask = prompts.drawn(rows)
+        point, s, velocity = noised(latents[rows])
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            text = text_encoder(ids, attention_mask=mask).last_hidden_state * mask[..., None]
+            text = F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1]))
+            point = point.bfloat16() if cuda else point
+            answer = transformer(
+                hidden_states=point, timestep=s * 1000, encoder_hidden_states=text, return_dict=False
+            )[0]
+        loss = (answer.float() - velocity).pow(2).mean()
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        opt.step()
+        step += 1
+        with torch.no_grad():
+            now = [p.detach() for p in parameters]
+            torch._foreach_lerp_(average, now, 1 - min(0.999, step / (step + 50)))
+        if step % 250 == 1:
+            print(
+                f"transformer step {step} loss {loss.item():.4f} t {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
+    with torch.no_grad():
+        for parameter, value in zip(parameters, average, strict=True):
+            parameter.copy_(value)
+    return step
+
+
+def assemble(
+    tokenizer: Any, text_encoder: UMT5EncoderModel, vae: AutoencoderKLWan, transformer: WanTransformer3DModel
+) -> WanPipeline:
+    """The pipeline, with the scheduler that Wan2.1 ships for small pictures."""
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
+    )
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        scheduler=scheduler,
+        transformer=transformer,
+    )
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where stage 2 reads and writes; `resumed` is a saved pipeline to go on from, if any."""
+
+    vae: Path
+    tokenizer: Path
+    out: Path
+    resumed: Path | None
+
+
+def models(folders: Folders, vocabulary: int) -> tuple[UMT5EncoderModel, WanTransformer3DModel]:
+    """The text encoder and the transformer to train: new ones, or those of `folders.resumed`."""
+    text_encoder, transformer = build_text_encoder(vocabulary), build_transformer()
+    if folders.resumed is not None:
+        saved = UMT5EncoderModel.from_pretrained(folders.resumed / "text_encoder", dtype=torch.float32)
+        text_encoder.load_state_dict(saved.state_dict())
+        weights = load_file(folders.resumed / "transformer" / "diffusion_pytorch_model.safetensors")
+        transformer.load_state_dict(weights)
+    return text_encoder, transformer
+
+
+def train(folders: Folders, seconds: float, device: torch.device, options: TransformerOptions) -> None:
+    """Trains for `seconds` and saves the whole pipeline to `folders.out`, every weight in bf16."""
+    torch.manual_seed(0)
+    generator = torch.Generator(device).manual_seed(2)
+    vae = AutoencoderKLWan.from_pretrained(folders.vae).to(device).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(folders.tokenizer)
+    classes = scenes.sample(options.clips, generator)
+    with torch.backends.cudnn.flags(benchmark=False):
+        latents = encode_clips(vae, classes, generator)
+    latents = latents.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    print(f"latents {tuple(latents.shape)}", flush=True)
+    text_encoder, transformer = models(folders, len(tokenizer))
+    text_encoder.to(device).train()
+    transformer.to(device).train()
+    steps = fit(text_encoder, transformer, latents, tokenise(tokenizer, classes), seconds, options)
+    print(f"transformer: {steps} steps in {seconds:.0f} s", flush=True)
+    pipeline = assemble(tokenizer, text_encoder.eval(), vae, transformer.eval())
+    pipeline.to(dtype=torch.bfloat16)
+    pipeline.save_pretrained(folders.out, safe_serialization=True)

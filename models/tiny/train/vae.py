@@ -1,0 +1,175 @@
+"""Stage 1: the VAE, trained on whole clips at full size.
+
+Four things that are not obvious and cost a training run each:
+- `AutoencoderKLWan.decode` clamps to -1..1 and a clamped pixel has no gradient: `whole.decode` does not.
+- Trained on 64 x 64 crops it is good on crops and useless on 128 x 128 frames: train at the full size.
+- Trained on 9 frames the oldest tap of the first temporal up-sampler never meets a real frame (its cache is
+  zeros until the fourth latent frame), stays at its random start, and spoils everything after frame 8: train
+  on all 17 frames.
+- A reconstruction of 28 dB can have the wrong hue everywhere: `start.py` and `scenes.crowd` are the remedy.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from . import scenes, start, whole
+from .schedule import learning_rate
+
+STATE = "vae_optimiser.safetensors"
+Step = Callable[[], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class VaeOptions:
+    """How the VAE is trained: half of each batch are scenes, the other half crowds."""
+
+    batch: int = 8
+    frames: int = scenes.FRAMES
+    resolution: int = scenes.RESOLUTION
+    peak: float = 6e-4
+
+
+def build() -> AutoencoderKLWan:
+    """An untrained Wan VAE of 2.6 M parameters: 8 x 8 x 4 compression into 16 channels, like the real one."""
+    return AutoencoderKLWan(base_dim=16, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
+
+
+def losses(vae: AutoencoderKLWan, clip: Tensor) -> dict[str, Tensor]:
+    """The terms of the loss for a clip [n, 3, f, h, w] in -1..1; `loss` is what is descended."""
+    mean, log_variance = whole.encode(vae, clip)
+    drawn = whole.decode(vae, mean + torch.randn_like(mean) * (0.5 * log_variance).exp())
+    error = drawn - clip
+    l1, mse = error.abs().mean(), error.pow(2).mean()
+    # Differences between neighbours in time, height and width: edges and motion, not only areas.
+    edges = torch.stack([error.diff(dim=d).abs().mean() for d in (2, 3, 4)]).sum()
+    kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).mean()
+    total = l1 + 0.5 * edges + 4 * mse + 1e-4 * kl
+    return {"loss": total, "l1": l1, "edges": edges, "z": mean.std()}
+
+
+def optimiser(vae: AutoencoderKLWan) -> torch.optim.AdamW:
+    """AdamW whose learning rate is a tensor, so that a captured graph reads it anew at each replay."""
+    parameters = list(vae.parameters())
+    device = parameters[0].device
+    cuda = device.type == "cuda"
+    rate = torch.tensor(1e-5, device=device)  # until the first step of the schedule sets it
+    return torch.optim.AdamW(
+        parameters, rate, betas=(0.9, 0.99), weight_decay=0.0, capturable=cuda, foreach=cuda
+    )
+
+
+def make_step(vae: AutoencoderKLWan, opt: torch.optim.AdamW, clip: Tensor) -> Step:
+    """One optimiser step on what `clip` holds when it is called; a CUDA graph on a GPU."""
+
+    def step() -> dict[str, Tensor]:
+        with torch.autocast(clip.device.type, torch.bfloat16, enabled=clip.device.type == "cuda"):
+            terms = losses(vae, clip)
+        opt.zero_grad(set_to_none=False)
+        terms["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        opt.step()
+        return {name: value.detach() for name, value in terms.items()}
+
+    if clip.device.type != "cuda":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        shown = step()
+
+    def replay() -> dict[str, Tensor]:
+        graph.replay()
+        return shown
+
+    return replay
+
+
+def save(vae: AutoencoderKLWan, opt: torch.optim.AdamW, out: Path) -> None:
+    """Writes `out`/vae (fp32) and the optimiser's moments (bf16: they are only a running average)."""
+    vae.save_pretrained(out / "vae")
+    moments: dict[str, Tensor] = {}
+    for name, parameter in vae.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments[f"{name}.{key}"] = opt.state[parameter][key].to(torch.bfloat16).contiguous()
+        moments[f"{name}.step"] = opt.state[parameter]["step"].float().reshape(1)
+    save_file(moments, out / STATE)
+
+
+def resume(vae: AutoencoderKLWan, opt: torch.optim.AdamW, out: Path) -> None:
+    """Puts the weights and moments that `save` wrote to `out` into `vae` and `opt`."""
+    vae.load_state_dict(load_file(out / "vae" / "diffusion_pytorch_model.safetensors"))
+    moments = load_file(out / STATE)
+    capturable = bool(opt.param_groups[0]["capturable"])
+    for name, parameter in vae.named_parameters():
+        step = moments[f"{name}.step"][0]
+        state = {key: moments[f"{name}.{key}"].to(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        opt.state[parameter] = {"step": step.to(parameter.device) if capturable else step, **state}
+
+
+@torch.no_grad()
+def evaluate(vae: AutoencoderKLWan, count: int, seed: int = 10_001) -> tuple[float, list[float]]:
+    """PSNR in dB over `count` unseen clips (pixel range 1), and the same for each frame."""
+    device = next(vae.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    squares = []
+    for _ in range(0, count, 8):
+        clip = scenes.render(scenes.sample(min(8, count), generator), generator)
+        drawn = vae.decode(vae.encode(clip).latent_dist.mode()).sample
+        squares.append(((drawn - clip) / 2).pow(2).mean((1, 3, 4)))
+    frames = torch.cat(squares).mean(0)
+    return -10 * math.log10(frames.mean().item()), (-10 * frames.log10()).tolist()
+
+
+def draw(generator: torch.Generator, options: VaeOptions) -> Tensor:
+    """One batch of clips."""
+    size = (options.frames, options.resolution)
+    plain = scenes.sample(options.batch - options.batch // 2, generator)
+    clips = scenes.render(plain, generator, *size)
+    return torch.cat([clips, scenes.crowd(options.batch // 2, generator, *size)])
+
+
+def train(seconds: float, out: Path, device: torch.device, resumed: bool, options: VaeOptions) -> float:
+    """Trains for `seconds`, saves to `out`, and returns the PSNR on unseen clips in dB."""
+    torch.manual_seed(1 if resumed else 0)
+    generator = torch.Generator(device).manual_seed(1 if resumed else 0)
+    vae = build()
+    start.initialise(vae)
+    vae.to(device)
+    opt = optimiser(vae)
+    if resumed:
+        resume(vae, opt, out)
+    clip = draw(generator, options)
+    step = make_step(vae, opt, clip)
+    begun, count = time.monotonic(), 0
+    while (progress := (time.monotonic() - begun) / seconds) < 1:
+        for group in opt.param_groups:
+            group["lr"].fill_(learning_rate(progress, options.peak))
+        clip.copy_(draw(generator, options))
+        terms = step()
+        count += 1
+        if count % 200 == 1:
+            values = " ".join(f"{name} {value.item():.4f}" for name, value in terms.items())
+            print(f"vae step {count} {values} t {time.monotonic() - begun:.0f} s", flush=True)
+        elif device.type == "cuda" and count % 4 == 0:
+            torch.cuda.synchronize()  # the clock above must measure work done, not work queued
+    vae.eval()
+    save(vae, opt, out)
+    with torch.backends.cudnn.flags(benchmark=False):
+        psnr, frames = evaluate(vae, 32 if device.type == "cuda" else 1)
+    print(f"vae: {count} steps, {psnr:.2f} dB; by frame {[round(f, 1) for f in frames]}", flush=True)
+    return psnr
