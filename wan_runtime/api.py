@@ -10,17 +10,12 @@ import torch
 from torch import nn
 
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint, stream
-from wan_runtime.errors import (
-    BackendUnavailable,
-    BadTensor,
-    InvalidOption,
-    NothingToPatch,
-    UnaccountedTensors,
-)
+from wan_runtime.errors import BackendUnavailable, InvalidOption
+from wan_runtime.fitting import check_fit, notes, refuse_damaged, refuse_nothing, require_input_scales
 from wan_runtime.inspecting import Inspection, inspect_checkpoint
-from wan_runtime.names import SPELLINGS, from_original
+from wan_runtime.names import SPELLINGS
 from wan_runtime.patches import HOSTS, Host, host_of
-from wan_runtime.plan import Decision, Options, plan, tree_of
+from wan_runtime.plan import Options, plan, tree_of
 from wan_runtime.progress import watched
 from wan_runtime.report import Report
 from wan_runtime.swap import (
@@ -74,14 +69,15 @@ def patch(
     before = patched_state(model)
     if before is not None:
         assert isinstance(before.report, Report)
-        if checkpoint is not None and str(checkpoint) != before.report.checkpoint:
+        if checkpoint is not None and not _is_of(checkpoint, before.report):
             raise InvalidOption(
                 f"the model is patched already (with {before.report.checkpoint or 'its own weights'}); call "
                 "wan_runtime.unpatch(model) before loading another checkpoint."
             )
         return dataclasses.replace(before.report, already=True)
+    host = host_of(model)
     opened = None if checkpoint is None else open_checkpoint(checkpoint, dialect=dialect, reference=reference)
-    return _patch(model, host_of(model), opened, options, _compute_dtype(model), fuse)
+    return _patch(model, host, opened, options, _compute_dtype(model), fuse)
 
 
 def load(
@@ -112,9 +108,7 @@ def load(
     opened = open_checkpoint(checkpoint, **named)
     assert builder.build is not None
     model = builder.build(opened.variant)
-    for (
-        parameter
-    ) in model.parameters():  # on meta; the host's own .to(dtype) would warn about its fp32 modules
+    for parameter in model.parameters():  # the host's own .to(dtype) would warn about its fp32 modules
         parameter.data = parameter.data.to(dtype)
     _patch(model, builder, opened, options, dtype, fuse, device=target)
     return model.to(target)
@@ -128,6 +122,12 @@ def unpatch(model: nn.Module) -> None:
 def inspect(path: Path | str, *, dialect: str | None = None) -> Inspection:
     """What a checkpoint file is, from its header and small markers alone: no weights are read, no device is touched."""
     return inspect_checkpoint(path, dialect)
+
+
+def _is_of(checkpoint: Path | str, report: Report) -> bool:
+    """Whether a report is of this file, given itself or by the folder that holds it."""
+    loaded = Path(report.checkpoint or "").resolve()
+    return report.checkpoint is not None and Path(checkpoint).resolve() in (loaded, loaded.parent)
 
 
 def _builder(name: str) -> Host:
@@ -155,21 +155,21 @@ def _patch(
     runs_on = _planning_device(held_on)
     held = None if checkpoint is None else {path: layer.format for path, layer in checkpoint.layers.items()}
     decisions = plan(tree, held, runs_on, options, swaps=host.swaps, fp32=host.fp32)
-    _refuse_nothing(decisions, options, checkpoint, host)
+    refuse_nothing(decisions, options, checkpoint, host.name)
     refuse_unswappable(model, decisions, keeps_weights=checkpoint is None)
     static = options.activation == "static"
     if static:
-        _require_input_scales(checkpoint, decisions)
+        require_input_scales(checkpoint, decisions)
     before = bytes_of(model)
     staged = None
     if checkpoint is not None:
-        _check_fit(model, host, checkpoint)
+        check_fit(model, SPELLINGS[host.spelling], checkpoint)
         target = torch.device("cpu") if held_on.type == "meta" else held_on
         staged = stage(
             watched(stream(checkpoint, target), checkpoint), decisions, SPELLINGS[host.spelling], dtype
         )
     else:
-        _refuse_damaged(model, decisions)
+        refuse_damaged(model, decisions)
     parameters = execute(model, decisions, staged, dtype, runs_on.type, static=static)
     verify_residents(model, decisions)
     report = Report(
@@ -183,7 +183,7 @@ def _patch(
         variant=checkpoint.variant.name if checkpoint else None,
         dialect=checkpoint.dialect.name if checkpoint else None,
         evidence=checkpoint.evidence if checkpoint else None,
-        notes=_notes(decisions, runs_on, checkpoint, fuse),
+        notes=notes(decisions, runs_on, checkpoint, options, fuse),
     )
     remember(model, Patched(tuple(decisions), parameters, report))
     return report
@@ -216,103 +216,3 @@ def _refuse_unserved(attention: str) -> None:
             f"attention={attention!r}",
             {attention: "this version leaves attention to the host and has no other."},
         )
-
-
-def _refuse_nothing(
-    decisions: list[Decision], options: Options, checkpoint: Checkpoint | None, host: Host
-) -> None:
-    plain_file = checkpoint is not None and not checkpoint.layers and options.weights == "auto"
-    if options.weights == "keep" or plain_file or any(d.action == "quantised" for d in decisions):
-        return
-    kept = (
-        "; ".join(sorted({d.reason for d in decisions if d.action == "linear"}))
-        or "it has no Linear to quantise"
-    )
-    raise NothingToPatch(
-        f"no layer of this {host.name} model would be quantised ({kept}). Check weights= and skip=."
-    )
-
-
-def _require_input_scales(checkpoint: Checkpoint | None, decisions: list[Decision]) -> None:
-    layers = checkpoint.layers if checkpoint else {}
-    missing = [
-        d.path
-        for d in decisions
-        if d.action == "quantised"
-        and not (d.original in layers and any(s.slot == "input_scale" for s in layers[d.original].sources))
-    ]
-    if missing:
-        raise InvalidOption(
-            f"activation='static' needs an input_scale in the file for every quantised layer, and {len(missing)} have "
-            f"none, the first {missing[0]!r}. Use activation='dynamic'; a made-up scale would clip or drown the signal."
-        )
-
-
-def _refuse_damaged(model: nn.Module, decisions: list[Decision]) -> None:
-    for decision in decisions:
-        if decision.action == "quantised":
-            weight = model.get_submodule(decision.path).get_parameter("weight")
-            if not bool(torch.isfinite(weight).all()):
-                raise InvalidOption(
-                    f"{decision.path}.weight holds NaN or infinite values, which cannot be quantised."
-                )
-
-
-def _check_fit(model: nn.Module, host: Host, checkpoint: Checkpoint) -> None:
-    """Every tensor of the file has its slot in the model, and every slot its tensor, of the same shape."""
-    spelling = SPELLINGS[host.spelling]
-    wanted = {
-        name.replace(".base_layer", ""): tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
-        if ".lora_" not in name
-    }
-    given = {from_original(spelling, path): key for path, key in checkpoint.plain.items()}
-    given |= {
-        f"{from_original(spelling, path)}.weight": f"{layer.module}.weight"
-        for path, layer in checkpoint.layers.items()
-    }
-    unfilled = sorted(wanted.keys() - given.keys())
-    unconsumed = sorted(given[name] for name in given.keys() - wanted.keys())
-    if unfilled or unconsumed:
-        raise UnaccountedTensors(
-            checkpoint.path,
-            unconsumed=unconsumed,
-            unfilled=unfilled,
-            hint=f"The file is a {checkpoint.variant.name}; is the model one too? Nothing was loaded.",
-        )
-    shapes = {from_original(spelling, path): checkpoint.shape_of(path) for path in _weights(checkpoint)}
-    for name, shape in wanted.items():
-        if shapes[name] != shape:
-            raise BadTensor(
-                checkpoint.path,
-                given[name],
-                f"its shape is {list(shapes[name])}; the model needs {list(shape)}.",
-            )
-
-
-def _weights(checkpoint: Checkpoint) -> list[str]:
-    return [*checkpoint.plain, *(f"{path}.weight" for path in checkpoint.layers)]
-
-
-def _notes(
-    decisions: list[Decision], device: torch.device, checkpoint: Checkpoint | None, fuse: bool
-) -> tuple[str, ...]:
-    notes = []
-    computes = {d.compute for d in decisions if d.action == "quantised"}
-    if computes == {"bf16"} and device.type == "cuda":
-        notes.append(
-            f"{torch.cuda.get_device_name(device)}: weights are stored quantised and multiplied in bf16; this saves memory, not time."
-        )
-    if device.type == "cpu" and computes:
-        notes.append("No CUDA GPU: weights are stored quantised and dequantised for each product.")
-    if fuse and device.type == "cuda":
-        notes.append("The host's own block forward is used (no fused one in this version).")
-    if checkpoint is not None and not checkpoint.layers:
-        notes.append("The file is not quantised; pass weights='fp8' to quantise it while loading.")
-    if checkpoint is not None and not any(
-        s.slot == "input_scale" for la in checkpoint.layers.values() for s in la.sources
-    ):
-        notes.append(
-            "The file has no input scales, and needs none: activations are quantised a token at a time."
-        )
-    return tuple(notes)

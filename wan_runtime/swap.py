@@ -202,7 +202,7 @@ def _float_linear(module: QuantLinear, path: str, before: Mapping[str, Before]) 
 
 def patched_state(model: nn.Module) -> Patched | None:
     """The record a patched model carries, or None."""
-    state = model.__dict__.get(STATE)
+    state = getattr(model, "__dict__", {}).get(STATE)  # what is no module is refused later, in words
     return state if isinstance(state, Patched) else None
 
 

@@ -1,0 +1,231 @@
+"""patch, load and unpatch as a user calls them."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import wan_runtime
+from tests.builders import files
+from tests.builders.wan import block_linears, state
+from tests.hosts.diffusers import checkpoint, error, latents, pipeline, run, transformer
+from wan_runtime.errors import (
+    BackendUnavailable,
+    HostNotRecognised,
+    InvalidOption,
+    NothingToPatch,
+    UnaccountedTensors,
+)
+from wan_runtime.linear import QuantLinear
+
+SPELLING = {"comfy_scaled_fp8": "fp8", "comfy": "nvfp4", "modelopt": "nvfp4"}
+
+
+def dequantised(content: files.Content) -> Any:
+    """The oracle: a plain fp32 model with the weights that the builder says the file means."""
+    model = transformer()
+    names = dict(zip(block_linears(), block_linears(spelling="diffusers"), strict=True))
+    with torch.no_grad():
+        for original, weight in content.weights.items():
+            model.get_submodule(names[original]).weight.copy_(torch.from_numpy(weight))
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("plain") / "model.safetensors")
+
+
+def quantised(folder: Path, dialect: str = "comfy_scaled_fp8") -> tuple[files.Content, Path]:
+    content: files.Content = getattr(files, dialect)(state(), block_linears(), SPELLING[dialect])
+    return content, content.write(folder)
+
+
+def test_signatures_are_the_contract() -> None:
+    patch = inspect.signature(wan_runtime.patch).parameters
+    defaults = {name: p.default for name, p in patch.items() if p.kind is p.KEYWORD_ONLY}
+    assert defaults == {
+        "weights": "auto", "compute": "auto", "backend": "auto", "attention": "auto", "fuse": True, "skip": (),
+        "dialect": None, "reference": None, "activation": "dynamic",
+    }  # fmt: skip
+    assert list(patch)[:2] == ["model", "checkpoint"] and patch["checkpoint"].default is None
+    load = inspect.signature(wan_runtime.load).parameters
+    assert (load["host"].default, load["device"].default) == ("diffusers", None)
+
+
+@pytest.mark.parametrize("dialect", SPELLING)
+@pytest.mark.parametrize("compute", ["bf16", "fp32"])
+def test_a_quantised_file_gives_what_its_weights_mean(dialect: str, compute: str, tmp_path: Path) -> None:
+    content, path = quantised(tmp_path, dialect)
+    truth = run(dequantised(content))
+    model = transformer(seed=6)
+    report = wan_runtime.patch(model, path, compute=compute)
+    assert len(report.quantised) == 20 and report.dialect == dialect
+    assert model.dtype == torch.bfloat16
+    model.to(torch.float32)
+    assert error(run(model), truth) < 1e-5
+    loaded = wan_runtime.load(path, compute=compute, device="cpu", dtype=torch.float32)
+    assert error(run(loaded), truth) < 1e-5
+    assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
+
+
+def test_load_computes_in_bf16_unless_told(tmp_path: Path) -> None:
+    content, path = quantised(tmp_path)
+    model = wan_runtime.load(path, device="cpu")
+    assert model.dtype == torch.bfloat16
+    assert error(run(model, torch.bfloat16), run(dequantised(content))) < 0.03
+
+
+def test_load_onto_meta_free_model_leaves_nothing_on_meta(plain: Path) -> None:
+    model = wan_runtime.load(plain, device="cpu")
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+def test_patching_a_model_on_meta(plain: Path) -> None:
+    model = transformer_on_meta()
+    wan_runtime.patch(model, plain, weights="nvfp4")
+    assert not any(p.is_meta for p in model.parameters())
+    assert run(model, torch.bfloat16).isfinite().all()
+    model = transformer_on_meta()
+    with pytest.raises(InvalidOption, match="meta device"):
+        wan_runtime.patch(model)
+
+
+def transformer_on_meta() -> Any:
+    from accelerate import init_empty_weights
+
+    cls, config = type(transformer()), transformer().config
+    with init_empty_weights(include_buffers=False):
+        return cls.from_config(config)
+
+
+def test_patching_twice_is_a_no_op_that_says_so(plain: Path) -> None:
+    model = transformer()
+    first = wan_runtime.patch(model)
+    modules = list(model.modules())
+    again = wan_runtime.patch(model)
+    assert not first.already and again.already and "nothing was done" in str(again)
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    with pytest.raises(InvalidOption, match="unpatch"):
+        wan_runtime.patch(model, plain)
+
+
+def test_the_same_file_twice_is_a_no_op(plain: Path) -> None:
+    model = transformer()
+    wan_runtime.patch(model, plain, weights="fp8")
+    assert wan_runtime.patch(model, plain).already
+    assert wan_runtime.patch(model, str(plain)).already
+    assert wan_runtime.patch(model, plain.parent).already, "the folder that holds it is the same file"
+    with pytest.raises(InvalidOption, match="patched already"):
+        wan_runtime.patch(model, plain.with_name("other.safetensors"))
+
+
+@pytest.mark.parametrize("found", ["pipeline", "linear", "string"])
+def test_what_is_no_wan_transformer_is_refused(found: str) -> None:
+    target: Any = {"pipeline": pipeline(transformer()), "linear": nn.Linear(2, 2), "string": "model"}[found]
+    with pytest.raises(
+        HostNotRecognised, match=r"Pass the transformer itself \(pipe\.transformer\)"
+    ) as caught:
+        wan_runtime.patch(target)
+    assert "wan_diffusers" in caught.value.known
+
+
+def test_zero_layers_is_an_error() -> None:
+    model = transformer()
+    with pytest.raises(NothingToPatch, match=r"skipped by '\*'"):
+        wan_runtime.patch(model, skip=("*",))
+    assert not any(isinstance(m, QuantLinear) for m in model.modules())
+
+
+def test_a_plain_file_loads_and_the_report_says_it_is_plain(plain: Path) -> None:
+    model = transformer(seed=2)
+    report = wan_runtime.patch(model, plain)
+    assert not report.quantised and any("not quantised" in note for note in report.notes)
+    model.to(torch.float32)
+    assert error(run(model), run(transformer())) < 5e-3
+
+
+def test_keep_without_a_file_makes_the_residents_fp32_and_no_more() -> None:
+    model = transformer(torch.bfloat16)
+    report = wan_runtime.patch(model, weights="keep")
+    assert not report.quantised
+    assert error(run(model, torch.bfloat16), run(transformer())) < 0.02
+
+
+def test_a_file_of_another_size_is_refused(plain: Path) -> None:
+    from tests.builders.wan import Sizes
+
+    with pytest.raises(UnaccountedTensors, match="slots of the model were not filled"):
+        wan_runtime.patch(transformer(sizes=Sizes(layers=3)), plain)
+    with pytest.raises(UnaccountedTensors, match="tensors of the file were not consumed"):
+        wan_runtime.patch(transformer(sizes=Sizes(layers=1)), plain)
+
+
+def test_explicit_choices_that_cannot_be_served() -> None:
+    model = transformer()
+    options: dict[str, Any]
+    for options, said in (
+        ({"backend": "te"}, "te"),
+        ({"attention": "fa3"}, "leaves attention to the host"),
+        ({"backend": "reference", "compute": "bf16"}, "it computes in fp32 only"),
+    ):
+        with pytest.raises(BackendUnavailable, match=said) as caught:
+            wan_runtime.patch(model, **options)
+        assert caught.value.refusals and "Use 'auto'" in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU fp8 products are served")
+def test_fp8_products_on_the_cpu_are_refused() -> None:
+    with pytest.raises(BackendUnavailable, match="need a CUDA GPU"):
+        wan_runtime.patch(transformer(), compute="fp8")
+
+
+def with_input_scales(content: files.Content) -> files.Content:
+    for module in block_linears():
+        content.tensors[f"{module}.scale_input"] = torch.tensor([0.05])
+    return content
+
+
+def test_static_activation_needs_every_input_scale(tmp_path: Path) -> None:
+    content, path = quantised(tmp_path / "none")
+    with pytest.raises(InvalidOption, match=r"20 have none, the first 'blocks\.0\.attn1\.to_q'"):
+        wan_runtime.patch(transformer(), path, activation="static")
+    scaled = with_input_scales(content)
+    path = scaled.write(tmp_path / "all")
+    model = transformer()
+    report = wan_runtime.patch(model, path, activation="static")
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    assert all(m.static and m.slots["input_scale"].item() == pytest.approx(0.05) for m in layers)
+    assert any("static" in note for note in report.notes), "on a CPU activations are not quantised at all"
+    with pytest.raises(InvalidOption, match="20 have none"):  # an fp8 scale is no nvfp4 scale
+        wan_runtime.patch(transformer(), path, activation="static", weights="nvfp4")
+    del scaled.tensors["blocks.1.ffn.0.scale_input"]
+    with pytest.raises(InvalidOption, match=r"1 have none, the first 'blocks\.1\.ffn\.net\.0\.proj'"):
+        wan_runtime.patch(transformer(), scaled.write(tmp_path / "mixed"), activation="static")
+    assert wan_runtime.patch(transformer(), tmp_path / "mixed").quantised, "dynamic needs none"
+
+
+def test_a_wan_pipeline_runs_a_patched_model(tmp_path: Path) -> None:
+    truth = latents(pipeline(transformer()))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = transformer(dtype)
+        wan_runtime.patch(model)
+        pipe = pipeline(model)
+        assert pipe.transformer.dtype == torch.bfloat16
+        assert error(latents(pipe), truth) < 0.03
+    pipe.to(torch.float16)
+    assert pipe.transformer.dtype == torch.float16
+    assert error(latents(pipe), truth) < 0.03
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.float32, torch.uint8}
+
+
+def test_load_builds_for_known_hosts_only(plain: Path) -> None:
+    with pytest.raises(
+        InvalidOption, match="host='comfy': a model can be built from a file for diffusers only"
+    ):
+        wan_runtime.load(plain, host="comfy")

@@ -1,0 +1,209 @@
+"""The swap: all of it or nothing, undone to the tree as it was, and never over another library's work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import wan_runtime
+from tests.builders import files
+from tests.builders.wan import block_linears, state
+from tests.hosts.diffusers import checkpoint, error, run, transformer
+from wan_runtime.errors import BackendUnavailable, CheckpointError, InvalidOption, WanRuntimeError
+from wan_runtime.linear import QuantLinear
+from wan_runtime.residents import COMPUTE_DTYPE
+from wan_runtime.swap import patched_state
+
+
+def shape(model: nn.Module) -> list[Any]:
+    """Everything of a module tree but its values: classes, parameters, buffers, flags."""
+    modules = [(path, type(m), m.training) for path, m in model.named_modules()]
+    parameters = [(n, p.dtype, tuple(p.shape), p.requires_grad) for n, p in model.named_parameters()]
+    buffers = [(n, b.dtype, tuple(b.shape)) for n, b in model.named_buffers()]
+    return [*modules, *parameters, *buffers, *model.state_dict()]
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", ["fp8", "nvfp4"])
+def test_unpatch_gives_the_tree_back(weights: str, dtype: torch.dtype) -> None:
+    model = transformer(dtype)
+    model.get_submodule("blocks.0.ffn").requires_grad_(False)
+    before, tensors = shape(model), values(model)
+    wan_runtime.patch(model, weights=weights)
+    assert shape(model) != before
+    wan_runtime.unpatch(model)
+    assert shape(model) == before
+    assert patched_state(model) is None and COMPUTE_DTYPE not in dict(model.named_buffers())
+    quantised = {f"{path}.weight" for path in block_linears(spelling="diffusers")}
+    for name, tensor in model.state_dict().items():
+        if name in quantised:
+            assert 0 < error(tensor, tensors[name]) < (0.04 if weights == "fp8" else 0.12)
+        else:
+            assert torch.equal(tensor, tensors[name])
+    assert wan_runtime.patch(model, weights=weights).already is False
+
+
+def test_unpatching_an_unpatched_model_says_so() -> None:
+    with pytest.raises(InvalidOption, match="not patched"):
+        wan_runtime.unpatch(transformer())
+
+
+def test_a_loaded_file_comes_back_dequantised(tmp_path: Path) -> None:
+    content = files.comfy_scaled_fp8(state(), block_linears(), "fp8")
+    model = transformer(seed=9)
+    wan_runtime.patch(model, content.write(tmp_path))
+    wan_runtime.unpatch(model)
+    names = dict(zip(block_linears(), block_linears(spelling="diffusers"), strict=True))
+    for original, weight in content.weights.items():
+        held = model.get_submodule(names[original]).weight
+        assert torch.equal(held, torch.from_numpy(weight).float())
+
+
+def _broken(kind: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        content = files.comfy_scaled_fp8(state(), block_linears(), "fp8")
+        if kind == "truncated":
+            path = content.write(folder)
+            path.write_bytes(path.read_bytes()[:-5])
+            return path
+        if kind == "missing scale":
+            del content.tensors[f"{block_linears()[-1]}.scale_weight"]
+        elif kind == "negative scale":
+            content.tensors[f"{block_linears()[-1]}.scale_weight"].mul_(-1)
+        elif kind == "NaN norm":
+            content.tensors["blocks.1.norm3.weight"][0] = float("nan")
+        elif kind == "stray tensor":
+            content.tensors["blocks.1.extra.weight"] = torch.zeros(2)
+        elif kind == "missing bias":
+            del content.tensors["blocks.1.ffn.2.bias"]
+        elif kind == "wrong shape":
+            content.tensors["blocks.1.ffn.2.bias"] = torch.zeros(3)
+        return content.write(folder)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "truncated",
+        "missing scale",
+        "negative scale",
+        "NaN norm",
+        "stray tensor",
+        "missing bias",
+        "wrong shape",
+    ],
+)
+def test_a_failed_load_leaves_the_model_as_it_was(kind: str, tmp_path: Path) -> None:
+    path = _broken(kind)(tmp_path)
+    model = transformer(seed=4)
+    before, tensors, objects = shape(model), values(model), list(model.parameters())
+    with pytest.raises(CheckpointError):
+        wan_runtime.patch(model, path)
+    assert shape(model) == before and patched_state(model) is None
+    assert all(a is b for a, b in zip(model.parameters(), objects, strict=True))
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "error_type"),
+    [
+        ({"compute": "fp8"}, BackendUnavailable),
+        ({"backend": "te"}, BackendUnavailable),
+        ({"attention": "fa3"}, BackendUnavailable),
+        ({"weights": "int3"}, InvalidOption),
+        ({"activation": "static"}, InvalidOption),
+        ({"skip": ("blocks.7.*",)}, InvalidOption),
+    ],
+)
+def test_a_refused_option_leaves_the_model_as_it_was(
+    options: dict[str, Any], error_type: type[WanRuntimeError]
+) -> None:
+    model = transformer()
+    before, objects = shape(model), list(model.parameters())
+    if torch.cuda.is_available():
+        options = {**options, "backend": options.get("backend", "reference")}
+    with pytest.raises(error_type):
+        wan_runtime.patch(model, **options)
+    assert shape(model) == before
+    assert all(a is b for a, b in zip(model.parameters(), objects, strict=True))
+
+
+def test_the_swapped_tree_holds_no_plain_weight() -> None:
+    model = transformer()
+    report = wan_runtime.patch(model)
+    layers = {path for path, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert layers == set(block_linears(spelling="diffusers")) == {d.path for d in report.quantised}
+    assert not any(f"{path}.weight" in model.state_dict() for path in layers)
+    assert report.bytes_after == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert report.bytes_after < 0.6 * report.bytes_before
+
+
+def test_training_mode_and_position_survive() -> None:
+    model = transformer().train()
+    wan_runtime.patch(model)
+    assert all(module.training for module in model.modules())
+    order = [path for path, _ in model.named_modules()]
+    assert order == [path for path, _ in transformer().named_modules()]
+
+
+def test_a_materialised_model_takes_the_files_values(tmp_path: Path) -> None:
+    model = transformer(seed=8)
+    wan_runtime.patch(model, checkpoint(tmp_path / "m.safetensors", seed=0), weights="keep")
+    model.to(torch.float32)
+    assert error(run(model), run(transformer(seed=0))) < 5e-3  # weights in bf16, the rest exact
+
+
+def test_weights_that_something_else_quantised_are_refused() -> None:
+    model = transformer()
+    layer = model.get_submodule("blocks.0.ffn.net.2")
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(InvalidOption, match=r"blocks\.0\.ffn\.net\.2\.weight is float8_e4m3fn"):
+        wan_runtime.patch(model)
+
+    class Packed(nn.Parameter):
+        pass
+
+    model = transformer()
+    model.get_submodule("blocks.0.ffn.net.2").weight = Packed(torch.zeros(128, 256))
+    with pytest.raises(InvalidOption, match="Packed"):
+        wan_runtime.patch(model)
+
+
+def test_damaged_weights_are_refused() -> None:
+    model = transformer()
+    with torch.no_grad():
+        model.get_submodule("blocks.1.attn1.to_k").weight[0, 0] = float("inf")
+    with pytest.raises(InvalidOption, match=r"blocks\.1\.attn1\.to_k\.weight holds NaN or infinite"):
+        wan_runtime.patch(model)
+    assert patched_state(model) is None
+
+
+def test_hooked_layers_are_refused() -> None:
+    model = transformer()
+    handle = model.get_submodule("blocks.0.attn1.to_q").register_forward_hook(lambda *_: None)
+    with pytest.raises(InvalidOption, match=r"blocks\.0\.attn1\.to_q carries a forward hook"):
+        wan_runtime.patch(model)
+    handle.remove()
+    assert wan_runtime.patch(model).quantised
+
+
+def test_a_layer_that_does_not_fit_the_format_stays_and_says_so() -> None:
+    from tests.builders.wan import Sizes
+
+    model = transformer(sizes=Sizes(ffn=200))  # 200 is not a multiple of NVFP4's block of 16
+    report = wan_runtime.patch(model, weights="nvfp4")
+    kept = {d.path: d.reason for d in report.decisions if d.action == "linear"}
+    assert set(kept) == {f"blocks.{n}.ffn.net.2" for n in (0, 1)}
+    assert all("multiple of 16" in reason for reason in kept.values())
+    assert run(model, torch.bfloat16).isfinite().all()

@@ -1,0 +1,119 @@
+"""Whether a file, a model and the user's options fit each other; everything that can be refused before a change."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from wan_runtime.checkpoint import Checkpoint
+from wan_runtime.errors import BadTensor, InvalidOption, NothingToPatch, UnaccountedTensors
+from wan_runtime.names import Spelling, from_original
+from wan_runtime.plan import Decision, Options
+
+
+def refuse_nothing(
+    decisions: list[Decision], options: Options, checkpoint: Checkpoint | None, host: str
+) -> None:
+    """Raise NothingToPatch unless some layer is quantised, or the user or a plain file asked for none."""
+    plain_file = checkpoint is not None and not checkpoint.layers and options.weights == "auto"
+    if options.weights == "keep" or plain_file or any(d.action == "quantised" for d in decisions):
+        return
+    reasons = sorted({d.reason for d in decisions if d.action == "linear"})
+    kept = "; ".join(reasons) or "it has no Linear to quantise"
+    raise NothingToPatch(
+        f"no layer of this {host} model would be quantised ({kept}). Check weights= and skip=."
+    )
+
+
+def require_input_scales(checkpoint: Checkpoint | None, decisions: list[Decision]) -> None:
+    """activation="static" wants the file's input scale for every quantised layer, in the format it was made for."""
+    layers = checkpoint.layers if checkpoint else {}
+    scaled = {
+        (path, layer.format)
+        for path, layer in layers.items()
+        if any(source.slot == "input_scale" for source in layer.sources)
+    }
+    missing = [d.path for d in decisions if d.action == "quantised" and (d.original, d.format) not in scaled]
+    if missing:
+        raise InvalidOption(
+            f"activation='static' needs an input_scale in the file for every quantised layer, and {len(missing)} have "
+            f"none, the first {missing[0]!r}. Use activation='dynamic'; a made-up scale would clip or drown the signal."
+        )
+
+
+def refuse_damaged(model: nn.Module, decisions: list[Decision]) -> None:
+    """Refuse weights that no scale can hold."""
+    for decision in decisions:
+        if decision.action == "quantised":
+            weight = model.get_submodule(decision.path).get_parameter("weight")
+            if not bool(torch.isfinite(weight).all()):
+                raise InvalidOption(
+                    f"{decision.path}.weight holds NaN or infinite values, which cannot be quantised."
+                )
+
+
+def check_fit(model: nn.Module, spelling: Spelling, checkpoint: Checkpoint) -> None:
+    """Every tensor of the file has its slot in the model, and every slot its tensor, of the same shape."""
+    wanted = {
+        name.replace(".base_layer", ""): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name
+    }
+    given = {from_original(spelling, path): key for path, key in checkpoint.plain.items()}
+    given |= {
+        f"{from_original(spelling, path)}.weight": f"{layer.module}.weight"
+        for path, layer in checkpoint.layers.items()
+    }
+    unfilled = sorted(wanted.keys() - given.keys())
+    unconsumed = sorted(given[name] for name in given.keys() - wanted.keys())
+    if unfilled or unconsumed:
+        raise UnaccountedTensors(
+            checkpoint.path,
+            unconsumed=unconsumed,
+            unfilled=unfilled,
+            hint=f"The file is a {checkpoint.variant.name}; is the model one too? Nothing was loaded.",
+        )
+    shapes = {from_original(spelling, path): checkpoint.shape_of(path) for path in _weights(checkpoint)}
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise BadTensor(
+                checkpoint.path,
+                given[name],
+                f"its shape is {list(shapes[name])}; the model needs {list(shape)}.",
+            )
+
+
+def _weights(checkpoint: Checkpoint) -> list[str]:
+    return [*checkpoint.plain, *(f"{path}.weight" for path in checkpoint.layers)]
+
+
+def notes(
+    decisions: list[Decision],
+    device: torch.device,
+    checkpoint: Checkpoint | None,
+    options: Options,
+    fuse: bool,
+) -> tuple[str, ...]:
+    """What the user should read beside the report's table."""
+    said = []
+    computes = {d.compute for d in decisions if d.action == "quantised"}
+    if computes == {"bf16"} and device.type == "cuda":
+        said.append(
+            f"{torch.cuda.get_device_name(device)}: weights are stored quantised and multiplied in bf16; this "
+            "saves memory, not time."
+        )
+    if device.type == "cpu" and computes:
+        said.append("No CUDA GPU: weights are stored quantised and dequantised for each product.")
+    if options.activation == "static" and computes <= {"bf16", "fp32"}:
+        said.append("activation='static' changes nothing here: these products do not quantise activations.")
+    if fuse and device.type == "cuda":
+        said.append("The host's own block forward is used (no fused one in this version).")
+    if checkpoint is not None and not checkpoint.layers:
+        said.append("The file is not quantised; pass weights='fp8' to quantise it while loading.")
+    if checkpoint is not None and not any(
+        s.slot == "input_scale" for la in checkpoint.layers.values() for s in la.sources
+    ):
+        said.append(
+            "The file has no input scales, and needs none: activations are quantised a token at a time."
+        )
+    return tuple(said)
