@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from wan_runtime.console import Commands, show, step_bar
-from wan_runtime.errors import InvalidOption
+from wan_runtime.console import FAILED, Commands, complain, show, status_of, step_bar
+from wan_runtime.errors import InvalidOption, WanRuntimeError
 from wan_runtime.version import VERSION
 
 app = typer.Typer(
@@ -74,15 +75,25 @@ def inspect(
     dialect: Dialect = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a checkpoint is and who wrote it, from its header alone."""
+    """Say what a checkpoint is and who wrote it, from its header alone. A bad file does not hide the others."""
     import wan_runtime
 
-    results = [wan_runtime.inspect(file, dialect=dialect) for file in files]
+    fields: list[dict[str, object]] = []
+    statuses = [0]
+    for file in files:
+        try:
+            result = wan_runtime.inspect(file, dialect=dialect)
+        except WanRuntimeError as error:
+            complain(str(error))
+            statuses.append(status_of(error))
+            fields.append({"path": str(file), "error": str(error)})
+            continue
+        fields.append(result.to_dict())
+        if not as_json:
+            show(result, False)
     if as_json:
-        typer.echo(json.dumps([result.to_dict() for result in results], indent=2))
-        return
-    for result in results:
-        show(result, False)
+        typer.echo(json.dumps(fields, indent=2))
+    raise typer.Exit(max(statuses))
 
 
 @app.command()
@@ -248,7 +259,13 @@ def run(
         "weights": weights, "compute": compute, "backend": backend, "attention": attention, "fuse": fuse,
         "activation": activation, "skip": tuple(skip or ()),
     }  # fmt: skip
-    run_script(str(script), list(args or ()), options)
+    try:
+        run_script(str(script), list(args or ()), options)
+    except WanRuntimeError:
+        raise
+    except Exception as error:  # the script's own, shown as Python shows it
+        traceback.print_exc()
+        raise typer.Exit(FAILED) from error
 
 
 def _sizes(size: str | None) -> dict[str, int]:

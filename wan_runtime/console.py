@@ -29,7 +29,7 @@ class Commands(TyperGroup):
             with terminable():
                 return super().invoke(ctx)
         except WanRuntimeError as error:
-            fail(str(error), MISUSED if isinstance(error, InvalidOption | UnknownName) else FAILED)
+            fail(str(error), status_of(error))
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] not in ("diffusers", "transformers", "av"):
                 raise
@@ -62,9 +62,19 @@ def show(result: Result, as_json: bool) -> None:
         Console(width=width, markup=False, emoji=False).print(result.table(), crop=False)
 
 
+def status_of(error: WanRuntimeError) -> int:
+    """2 for a request that makes no sense, 1 for a file or a machine that cannot serve it."""
+    return MISUSED if isinstance(error, InvalidOption | UnknownName) else FAILED
+
+
+def complain(message: str) -> None:
+    """Say what went wrong, on stderr."""
+    typer.secho(f"wan-runtime: {message}", fg="red", err=True)
+
+
 def fail(message: str, status: int) -> None:
     """End the command with one sentence on stderr."""
-    typer.secho(f"wan-runtime: {message}", fg="red", err=True)
+    complain(message)
     raise typer.Exit(status)
 
 
