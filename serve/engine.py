@@ -188,7 +188,7 @@ class Engine:
         if event == "ready":
             profile = ClipProfile(**message["profile"])
             self.state = replace(self.state, phase="ready", profile=profile, facts=message["facts"])
-            log.info("ready: %s on %s", self._settings.model_name, message["facts"])
+            log.info("ready: %s on %s", self._settings.model_name, message["facts"]["device"])
         elif event == "phase" and not job_id:
             self.state = replace(self.state, phase=message["phase"])
         elif event == "phase":

@@ -15,6 +15,7 @@ import queue
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
@@ -66,9 +67,11 @@ class Line:
 def main(connection: Connection, settings: Settings, parent: int) -> None:
     """The process, from start to its parent's end."""
     _die_with(parent)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the server decides what it means
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # they reach the whole group; the server decides what they mean
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s"
     )
@@ -120,11 +123,28 @@ def _prepare(line: Line, settings: Settings) -> tuple[Any, dict[str, Any]]:
         num_frames=5, num_inference_steps=1,
     )  # fmt: skip
     wan_runtime.generate(pipe, least)
-    facts = {
+    return pipe, {"profile": asdict(profile), "facts": _facts(pipe)}
+
+
+def _facts(pipe: Any) -> dict[str, Any]:
+    """What runs: who wrote the file, and how many layers are held and multiplied in which way."""
+    import wan_runtime
+
+    report = wan_runtime.patch(pipe.transformer)  # patched already, by load: this only hands out its report
+    ways = Counter((layer.format, layer.compute, layer.backend) for layer in report.quantised)
+    for note in report.notes:
+        log.info("%s", note)
+    return {
+        "variant": report.variant,
+        "dialect": report.dialect,
+        "quantised_layers": [
+            {"layers": count, "format": held, "compute": compute, "backend": backend}
+            for (held, compute, backend), count in ways.items()
+        ],
+        "notes": list(report.notes),
         "device": str(pipe.transformer.device),
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "dtype": report.dtype,
     }
-    return pipe, {"profile": asdict(profile), "facts": facts}
 
 
 def _run(line: Line, pipe: Any, job_id: str, asked: Mapping[str, Any], storage: Storage) -> None:

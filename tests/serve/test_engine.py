@@ -106,6 +106,9 @@ def _stopping_puts_the_job_back(server: Server, client: openai.OpenAI) -> None:
     wait_for(lambda: step_of(client, video.id) > 0, "a first step")
     worker = server.worker()
     began = time.monotonic()
+    os.kill(
+        worker, signal.SIGTERM
+    )  # service managers signal the whole group: the worker leaves it to the server
     server.process.terminate()
     assert server.process.wait(30) == 0
     assert time.monotonic() - began < 20

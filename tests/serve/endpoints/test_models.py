@@ -13,6 +13,7 @@ def test_the_bundled_model_is_listed_and_says_that_it_is_bundled(client: openai.
     assert extra["bundled"] is True
     assert extra["phase"] == "ready"
     assert extra["limits_and_defaults"]["size_multiple"] == 16
+    assert (extra["runtime"]["dialect"], extra["runtime"]["quantised_layers"]) == ("plain", [])
     assert client.models.retrieve("wan-tiny").id == "wan-tiny"
 
 
