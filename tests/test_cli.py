@@ -23,7 +23,7 @@ from wan_runtime.converting import targets
 Done = subprocess.CompletedProcess[str]
 Command = Callable[..., Done]
 LAYERS = wan.block_linears()
-COMMANDS = ("inspect", "compare", "convert", "doctor", "generate", "run")
+COMMANDS = ("inspect", "compare", "convert", "doctor", "bench", "generate", "run")
 
 
 @pytest.fixture
@@ -174,6 +174,21 @@ def test_doctor_tries_every_multiplier(command: Command) -> None:
     exact = [p["error"] for p in found["probes"] if p["backend"] == "reference" and p["device"] == "cpu"]
     assert exact and max(exact) < 1e-5
     assert "This machine" in quick("doctor")[1]
+
+
+def test_bench_times_every_multiplier_that_serves_against_bf16() -> None:
+    small = ("--dim", 32, "--ffn", 64, "--tokens", 16, "--rounds", 3, "--device", "cpu")
+    status, text, said = quick("bench", *small, "--json")
+    assert status == 0, said
+    found = json.loads(text)
+    assert {t["linear"] for t in found["timings"]} == {"attention", "ffn.0", "ffn.2"}
+    contenders = {t["contender"] for t in found["timings"]}
+    assert {"bf16", "torch: fp8 in bf16", "torch: nvfp4 in bf16"} <= contenders
+    assert "need a CUDA GPU" in found["refusals"]["torch: fp8 in fp8"]
+    for t in found["timings"]:
+        assert t["milliseconds"] > 0
+        assert t["contender"] != "bf16" or t["speedup"] == 1
+    assert quick("bench", *small[:-4], "--rounds", 0)[0] == 2
 
 
 @pytest.mark.parametrize(

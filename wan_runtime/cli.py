@@ -5,6 +5,7 @@ This is where options become arguments. Commands import what they need when they
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 import traceback
@@ -15,6 +16,19 @@ import typer
 
 from wan_runtime.console import FAILED, Commands, complain, show, status_of, step_bar
 from wan_runtime.errors import InvalidOption, WanRuntimeError
+from wan_runtime.options import (
+    Activation,
+    AsJson,
+    Attention,
+    Backend,
+    Compute,
+    Device,
+    Dialect,
+    Fuse,
+    Reference,
+    Skip,
+    Weights,
+)
 from wan_runtime.version import VERSION
 
 app = typer.Typer(
@@ -25,33 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run FP8 and NVFP4 WAN video checkpoints, whoever wrote them: right or refused, never noise.",
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Dialect = Annotated[
-    str | None,
-    typer.Option(
-        help="Who wrote the file, where its marks do not say: comfy, modelopt, comfy_scaled_fp8, ..."
-    ),
-]
-Reference = Annotated[
-    Path | None,
-    typer.Option(help="The bf16 file it was made from; settles a file that several dialects fit."),
-]
-Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: the GPU if there is one.")]
-Skip = Annotated[
-    list[str] | None,
-    typer.Option(help="Modules to leave unquantised, a pattern such as 'blocks.0.*'; may be given again."),
-]
-Weights = Annotated[str, typer.Option(help="Format to hold the weights in: auto, fp8, nvfp4, keep.")]
-Compute = Annotated[str, typer.Option(help="Precision to multiply in: auto, fp8, bf16, fp32.")]
-Backend = Annotated[str, typer.Option(help="Who multiplies: auto, torch, te, reference.")]
-Attention = Annotated[str, typer.Option(help="Attention kernel: auto, fa3, cudnn, sdpa, fp8.")]
-Fuse = Annotated[
-    bool, typer.Option("--fuse/--no-fuse", help="Use the fused block forward where there is one.")
-]
-Activation = Annotated[
-    str, typer.Option(help="Activation scales: dynamic (one a token) or static (the file's input_scale).")
-]
 
 
 def _version(asked: bool) -> None:
@@ -152,6 +139,28 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def bench(
+    dim: Annotated[
+        int | None, typer.Option(help="Width of the model; default: 5120, or 512 on a CPU.")
+    ] = None,
+    ffn: Annotated[
+        int | None, typer.Option(help="Width of the feed-forward; default: 13824, or 2048 on a CPU.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Rows; default: 32760, or 1024 on a CPU.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds; the median is shown.")] = 20,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time a WAN block's Linears with every multiplier of this machine, against bf16."""
+    from wan_runtime.bench import default_sizes, measure
+
+    given = {
+        name: value for name, value in (("dim", dim), ("ffn", ffn), ("tokens", tokens)) if value is not None
+    }
+    show(measure(dataclasses.replace(default_sizes(device), **given), device=device, rounds=rounds), as_json)
+
+
+@app.command()
 def generate(
     prompt: Annotated[str, typer.Option(help="What the clip is to show.", show_default=False)],
     output: Annotated[Path, typer.Option(help="The .mp4 file to write.")] = Path("clip.mp4"),
@@ -244,6 +253,14 @@ def _generate(
 def run(
     script: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The Python script to run.")],
     args: Annotated[list[str] | None, typer.Argument(help="The script's own arguments.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Load this file in place of the script's weights.")
+    ] = None,
+    checkpoint_low: Annotated[
+        Path | None, typer.Option(help="The low-noise expert's file, of two experts.")
+    ] = None,
+    dialect: Dialect = None,
+    reference: Reference = None,
     weights: Weights = "auto",
     compute: Compute = "auto",
     backend: Backend = "auto",
@@ -253,9 +270,10 @@ def run(
     skip: Skip = None,
 ) -> None:
     """Run an unmodified script with every WAN model patched as it is loaded: run [OPTIONS] -- SCRIPT [ARGS]."""
-    from wan_runtime.autopatch import run_script
+    from wan_runtime.arming import run_script
 
     options = {
+        "checkpoint": checkpoint, "checkpoint_low": checkpoint_low, "dialect": dialect, "reference": reference,
         "weights": weights, "compute": compute, "backend": backend, "attention": attention, "fuse": fuse,
         "activation": activation, "skip": tuple(skip or ()),
     }  # fmt: skip

@@ -1,0 +1,35 @@
+"""The options that several commands of `wan-runtime` share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Dialect = Annotated[
+    str | None,
+    typer.Option(
+        help="Who wrote the file, where its marks do not say: comfy, modelopt, comfy_scaled_fp8, ..."
+    ),
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option(help="The bf16 file it was made from; settles a file that several dialects fit."),
+]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: the GPU if there is one.")]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(help="Modules to leave unquantised, a pattern such as 'blocks.0.*'; may be given again."),
+]
+Weights = Annotated[str, typer.Option(help="Format to hold the weights in: auto, fp8, nvfp4, keep.")]
+Compute = Annotated[str, typer.Option(help="Precision to multiply in: auto, fp8, bf16, fp32.")]
+Backend = Annotated[str, typer.Option(help="Who multiplies: auto, torch, te, reference.")]
+Attention = Annotated[str, typer.Option(help="Attention kernel: auto, fa3, cudnn, sdpa, fp8.")]
+Fuse = Annotated[
+    bool, typer.Option("--fuse/--no-fuse", help="Use the fused block forward where there is one.")
+]
+Activation = Annotated[
+    str, typer.Option(help="Activation scales: dynamic (one a token) or static (the file's input_scale).")
+]
