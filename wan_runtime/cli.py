@@ -21,6 +21,7 @@ from wan_runtime.options import (
     AsJson,
     Attention,
     Backend,
+    CheckpointLow,
     Compute,
     Device,
     Dialect,
@@ -168,9 +169,7 @@ def generate(
         Path | None,
         typer.Option(help="The transformer's file, of any dialect; default: the bundled tiny model."),
     ] = None,
-    checkpoint_low: Annotated[
-        Path | None, typer.Option(help="The low-noise expert of a two-expert model.")
-    ] = None,
+    checkpoint_low: CheckpointLow = None,
     base: Annotated[
         str | None, typer.Option(help="Diffusers folder or hub id with the text encoder, VAE and tokenizer.")
     ] = None,
@@ -256,9 +255,7 @@ def run(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Load this file in place of the script's weights.")
     ] = None,
-    checkpoint_low: Annotated[
-        Path | None, typer.Option(help="The low-noise expert's file, of two experts.")
-    ] = None,
+    checkpoint_low: CheckpointLow = None,
     dialect: Dialect = None,
     reference: Reference = None,
     weights: Weights = "auto",

@@ -33,3 +33,4 @@ Fuse = Annotated[
 Activation = Annotated[
     str, typer.Option(help="Activation scales: dynamic (one a token) or static (the file's input_scale).")
 ]
+CheckpointLow = Annotated[Path | None, typer.Option(help="The low-noise expert of a two-expert model.")]
