@@ -52,7 +52,7 @@ LAZY = ("transformer_engine", "triton", "diffusers", "transformers")
 def layers_of(root: Path) -> list[list[str]]:
     """The layers of the import-linter contract, lowest first; modules of one layer together."""
     contract = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
-    lines = [[name.strip(" ()") for name in line.split(":")] for line in contract["layers"]]
+    lines = [[name.strip() for name in line.split(":")] for line in contract["layers"]]
     return list(reversed(lines))
 
 
