@@ -35,7 +35,7 @@ CHECKPOINT = ROOT / "build" / "tiny" / "wan-tiny-nvfp4.safetensors"
 PROMPT = "a large red circle moving right on a black background"
 SEED = 7
 START_SECONDS = 300
-# One thread is a fifth slower than two on two idle cores, and many times faster than two where something else runs.
+# One thread is a third slower than two on two idle cores, and several times faster where something else runs too.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}
 console = Console(stderr=True)
 
