@@ -12,6 +12,7 @@ from wan_runtime.errors import BadTensor, CheckpointError, UnaccountedTensors
 from wan_runtime.header import Entry, Header
 
 FP8 = {"F8_E4M3": "fp8", "F8_E5M2": "fp8_e5m2"}
+CODES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 FLOAT = ("F32", "BF16", "F16", "F64")
 # Leaves that change what a weight means, beside every leaf with "scale" in its name; left over, they are an error.
 MEANINGFUL = frozenset(
@@ -158,8 +159,8 @@ def reading(header: Header, layers: Mapping[str, Layer], markers: tuple[str, ...
         raise UnaccountedTensors(
             header.path,
             unconsumed=stray,
-            hint="Each may change what a weight means, and this dialect gives it no meaning: keys were renamed or lost, "
-            "or another tool wrote the file. Nothing was loaded.",
+            hint="Each may change what a weight means, and this dialect gives it no meaning: keys were renamed or "
+            "lost, or another tool wrote the file. Nothing was loaded.",
         )
     odd = [key for key in rest if header.entries[key].dtype not in (*FLOAT, *FP8)]
     if odd:

@@ -215,7 +215,7 @@ def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, t
         encoded["weight_scale"] = _swizzle.swizzle(slots["block_scale"]).view(torch.float8_e4m3fn)
         encoded["weight_scale_2"] = slots["scale"].reshape(())
     else:
-        encoded["weight"] = slots["payload"].view(torch.float8_e4m3fn)
+        encoded["weight"] = slots["payload"].view(_keys.CODES[weight_format])
         encoded["weight_scale"] = slots["scale"].reshape(())
     if "input_scale" in slots:
         encoded["input_scale"] = slots["input_scale"].reshape(())

@@ -59,8 +59,9 @@ def _dummy_scales(header: Header, path: str, dtype: str) -> list[str]:
 
 def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     encoded = {
-        "weight": slots["payload"].view(torch.float8_e4m3fn),
-        "scale_weight": slots["scale"].reshape(-1),
+        "weight": slots["payload"].view(_keys.CODES[weight_format]),
+        # [1], or [out, 1]: readers broadcast it against the weight.
+        "scale_weight": slots["scale"] if slots["scale"].numel() > 1 else slots["scale"].reshape(1),
     }
     if "input_scale" in slots:
         encoded["scale_input"] = slots["input_scale"].reshape(())

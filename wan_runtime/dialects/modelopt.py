@@ -77,7 +77,7 @@ def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, t
         }
     else:
         encoded = {
-            "weight": slots["payload"].view(torch.float8_e4m3fn),
+            "weight": slots["payload"].view(_keys.CODES[weight_format]),
             "weight_scale": slots["scale"].reshape(()),
         }
     if "input_scale" in slots:
