@@ -22,8 +22,6 @@ BLOCK = 16
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Midpoints between neighbouring magnitudes: a value is rounded to the code whose interval holds it.
-MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 SMALLEST_BLOCK_SCALE = 2.0**-9  # the smallest e4m3 subnormal: a block of tiny weights must not get scale 0
 
 
@@ -49,13 +47,11 @@ def refuses(out: int, inp: int) -> str | None:
 
 def round_to_e2m1(values: torch.Tensor) -> torch.Tensor:
     """fp32 values -> uint8 codes 0..15, round to nearest, ties to the even code, saturating at 6."""
-    magnitude = values.abs().contiguous()
-    midpoints = torch.tensor(MIDPOINTS, device=values.device)
-    # A tie sits on a midpoint; `right` sends it up. Codes 0, 2, 4, 6 are even, so ties below an odd code go back down.
-    up = torch.bucketize(magnitude, midpoints, right=True)
-    down = torch.bucketize(magnitude, midpoints, right=False)
-    code = torch.where(up % 2 == 0, up, down)
-    return (code | (torch.signbit(values).to(torch.int64) << 3)).to(torch.uint8)
+    # The spacing is 0.5 below 2, 1 below 4 and 2 above, and an even multiple of it is an even code.
+    size = values.abs()
+    low, middle, high = torch.round(size * 2), torch.round(size) + 2, torch.round(size / 2) + 4
+    code = torch.where(size < 2, low, torch.where(size < 4, middle, high)).clamp_(max=7).to(torch.uint8)
+    return code | (torch.signbit(values).to(torch.uint8) << 3)
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
