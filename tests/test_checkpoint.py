@@ -1,4 +1,4 @@
-"""Opening and streaming a file: each fault is named with its data, and nothing is loaded."""
+"""Opening and streaming a file: what it gives, whichever way a producer wrote it, equal to the weights meant."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from tests.builders.wan import block_linears, state
 from tests.reading import FIRST, QUANTISED, assert_reads, content
 from wan_runtime.checkpoint import open_checkpoint, plain_dtype, read_layer, read_plain, stream
 from wan_runtime.formats import FORMATS
-
-# What opening a file gives.
 
 
 def test_a_checkpoint_describes_the_file(tmp_path: Path) -> None:
