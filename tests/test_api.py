@@ -168,12 +168,12 @@ def test_a_file_of_another_size_is_refused(plain: Path) -> None:
 
 def test_explicit_choices_that_cannot_be_served() -> None:
     model = transformer()
-    options: dict[str, Any]
-    for options, said in (
+    choices: list[tuple[dict[str, Any], str]] = [
         ({"backend": "te"}, "te"),
         ({"attention": "fa3"}, "leaves attention to the host"),
         ({"backend": "reference", "compute": "bf16"}, "it computes in fp32 only"),
-    ):
+    ]
+    for options, said in choices:
         with pytest.raises(BackendUnavailable, match=said) as caught:
             wan_runtime.patch(model, **options)
         assert caught.value.refusals and "Use 'auto'" in str(caught.value)
@@ -229,3 +229,14 @@ def test_load_builds_for_known_hosts_only(plain: Path) -> None:
         InvalidOption, match="host='comfy': a model can be built from a file for diffusers only"
     ):
         wan_runtime.load(plain, host="comfy")
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Dynamo detected a call to a `functools.lru_cache`"
+)  # NVFP4's table of values
+@pytest.mark.parametrize("weights", ["fp8", "nvfp4"])
+def test_a_patched_model_compiles_in_one_graph(weights: str) -> None:
+    model = transformer()
+    wan_runtime.patch(model, weights=weights)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(run(compiled, torch.bfloat16), run(model, torch.bfloat16))

@@ -8,6 +8,7 @@ expanded a layer at a time to FP8, so on Hopper and Ada they multiply at FP8 spe
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -62,16 +63,20 @@ def _probe(weight_format: str, index: int) -> str | None:
 
 def kernel(weight_format: str, compute: str) -> Multiply:
     if compute == "bf16":
-        return functools.partial(_dequantise_and_multiply, weight_format)
+        # Looked up here and not in the product: a forward must not search the catalogue, and torch.compile cannot.
+        return functools.partial(_dequantise_and_multiply, FORMATS[weight_format].dequantize)
     if weight_format == "nvfp4":
         return _nvfp4_as_fp8
     return functools.partial(_fp8, FP8_DTYPES[weight_format])
 
 
 def _dequantise_and_multiply(
-    weight_format: str, rows: torch.Tensor, slots: Slots, static: torch.Tensor | None
+    dequantize: Callable[[Slots], torch.Tensor],
+    rows: torch.Tensor,
+    slots: Slots,
+    static: torch.Tensor | None,
 ) -> torch.Tensor:
-    weight = FORMATS[weight_format].dequantize(slots).to(rows.dtype)
+    weight = dequantize(slots).to(rows.dtype)
     return torch.nn.functional.linear(rows, weight)
 
 
