@@ -119,7 +119,6 @@ class Engine:
                 self._give_up(reason.removeprefix("fatal: "))
                 return
             log.error("the worker ended: %s; starting another", reason)
-            self.state = replace(self.state, phase="restarting", pid=None)
             self._stopping.wait(min(2.0**failures - 1, 30))
 
     def _give_up(self, reason: str) -> None:
@@ -138,6 +137,7 @@ class Engine:
             self._connection = ours
         self.state = replace(self.state, phase="starting", pid=process.pid)
         reached_ready, fatal = self._attend(process, ours)
+        self.state = replace(self.state, phase="stopping" if self._stopping.is_set() else "restarting")
         with self._send_lock:
             self._connection = None
             ours.close()  # its end of file also ends a worker that is still alive
@@ -147,6 +147,7 @@ class Engine:
             process.join()
         reason = f"fatal: {fatal}" if fatal else _how_it_ended(process.exitcode)
         self._settle(reason)
+        self.state = replace(self.state, pid=None)
         process.close()
         return reached_ready, reason
 

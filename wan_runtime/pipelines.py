@@ -7,7 +7,7 @@ always in fp32), and checked against each other before anything is generated.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,15 +65,13 @@ def load_pipeline(
     checkpoint = checkpoint or tiny_checkpoint()
     for name, part in (("--text-encoder", text_encoder), ("--vae", vae)):
         _check_directory(name, part)
-    options = {"device": device, "dtype": dtype, **patch_options}
-    transformer = load(checkpoint, **options)
-    base = str(base or _base_of(transformer, checkpoint))
+    base = str(base or _base_of(checkpoint, patch_options))
     index = _pipeline_config(base)
     boundary = _boundary(index, base, checkpoint_low is not None)
-    low = load(checkpoint_low, **options) if checkpoint_low else None
+    options = {"device": device, "dtype": dtype, **patch_options}
     pipe = _assemble(base, index, text_encoder, vae, device, dtype, {
-        "transformer": transformer,
-        "transformer_2": low,
+        "transformer": load(checkpoint, **options),
+        "transformer_2": load(checkpoint_low, **options) if checkpoint_low else None,
         "boundary_ratio": boundary,
         "expand_timesteps": bool(index.get("expand_timesteps", False)),
     })  # fmt: skip
@@ -101,9 +99,7 @@ def _assemble(
             raise InvalidOption(f"No {folder} could be read from {where[0]!r}: {error}") from error
 
     encoder = part(UMT5EncoderModel, "text_encoder", text_encoder, dtype=dtype, use_safetensors=True)
-    decoder = part(
-        diffusers.AutoencoderKLWan, "vae", vae, use_safetensors=True
-    )  # fp32, diffusers' own default
+    decoder = part(diffusers.AutoencoderKLWan, "vae", vae, use_safetensors=True)  # in fp32, their default
     pipe: Pipeline = diffusers.WanPipeline(
         tokenizer=part(AutoTokenizer, "tokenizer"),
         text_encoder=encoder.to(device).eval(),
@@ -125,23 +121,18 @@ def _check_directory(option: str, part: Path | str | None) -> None:
         raise InvalidOption(f"{option} {part} is not there. Give a diffusers directory of that part.")
 
 
-def _base_of(transformer: Any, checkpoint: Path | str) -> Path:
-    """The bundled base, if the checkpoint is of the tiny model; every other needs its own."""
-    tiny = json.loads((tiny_base() / "transformer" / "config.json").read_text())
-    sizes = (
-        "num_layers",
-        "num_attention_heads",
-        "attention_head_dim",
-        "in_channels",
-        "out_channels",
-        "text_dim",
-    )
-    if all(transformer.config[name] == tiny[name] for name in sizes):
+def _base_of(checkpoint: Path | str, patch_options: Mapping[str, Any]) -> Path:
+    """The bundled base, if the checkpoint is of the tiny model's sizes; every other needs its own."""
+    from wan_runtime.api import inspect
+
+    reference = patch_options.get("reference")  # of the same model, and never in doubt
+    found = inspect(reference or checkpoint, dialect=None if reference else patch_options.get("dialect"))
+    if found.sizes == inspect(tiny_checkpoint()).sizes:
         return tiny_base()
     raise InvalidOption(
-        f"{checkpoint} holds the transformer alone ({transformer.config.num_layers} layers, text width "
-        f"{transformer.config.text_dim}). Name the diffusers directory or hub id that has its text encoder, VAE, "
-        "tokenizer and scheduler with --base, such as --base Wan-AI/Wan2.1-T2V-14B-Diffusers."
+        f"{checkpoint} holds the transformer alone, of {found.variant}. Name the diffusers directory or hub id that "
+        "has its text encoder, VAE, tokenizer and scheduler with --base, such as "
+        "--base Wan-AI/Wan2.1-T2V-14B-Diffusers."
     )
 
 
