@@ -47,7 +47,8 @@ class Storage:
 
     def prepare(self) -> None:
         """Creates the folders, readable by this user alone."""
-        self.videos.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder in (self.root, self.videos):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def lock(self) -> IO[str]:
         """Takes the data directory for this process, until the returned file is closed.

@@ -33,7 +33,7 @@ def test_nothing_but_an_id_becomes_a_path(storage: Storage, job_id: str) -> None
 
 
 def test_the_folders_are_private(storage: Storage) -> None:
-    assert storage.videos.stat().st_mode & 0o077 == 0
+    assert [folder.stat().st_mode & 0o077 for folder in (storage.root, storage.videos)] == [0, 0]
 
 
 def test_a_sweep_removes_what_no_job_owns(storage: Storage) -> None:
