@@ -198,6 +198,13 @@ def test_a_module_that_is_there_twice_is_named(host: torch.nn.Module, tmp_path: 
     outside.tensors["head.head.weight"] = torch.zeros(64, 128)
     error = refused(host, outside.write(tmp_path / "head"), BadTensor, "in the file twice")
     assert isinstance(error, BadTensor) and error.key.endswith("head.head.weight")
+    linears = ["model.head.head", *block_linears(prefix="model.")]
+    quantised = files.comfy_scaled_fp8(state(prefix="model."), linears, "fp8")
+    quantised.tensors["head.head.weight"] = torch.zeros(64, 128)
+    error = refused(
+        host, quantised.write(tmp_path / "quantised"), BadTensor, "in the file twice", "model.head.head"
+    )
+    assert isinstance(error, BadTensor) and error.key == "head.head.weight"
 
 
 # Comfy's records.
