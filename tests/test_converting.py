@@ -267,12 +267,14 @@ def test_another_format_is_requantised_and_its_error_reported(tmp_path: Path, st
 
 def test_a_scale_an_output_channel_is_requantised_never_averaged(tmp_path: Path, state: Tensors) -> None:
     content = files.comfy_scaled_fp8(state, LAYERS, "fp8", per_row=True)
+    content.tensors |= {f"{module}.scale_input": torch.tensor(0.5) for module in LAYERS}
     report = wan_runtime.convert(
         content.write(tmp_path / "in"), tmp_path / "new.safetensors", "comfy-fp8-scaled"
     )
     new = load_file(tmp_path / "new.safetensors")
     for module in LAYERS:
         assert new[f"{module}.scale_weight"].shape == (1,)
+        assert float(new[f"{module}.scale_input"]) == 0.5
         assert relative(meant(new, module, "comfy-fp8-scaled"), content.weights[module]) < 0.03
     assert report.count("requantised") == len(LAYERS)
 
