@@ -164,6 +164,13 @@ def undo(model: nn.Module) -> None:
     if patched is None:
         raise InvalidOption("the model is not patched, so there is nothing to undo.")
     for decision in patched.decisions:
+        hook = _hook_on(model.get_submodule(_located(model, decision.path)), decision)
+        if hook is not None:
+            raise InvalidOption(
+                f"{decision.path or 'the model'} carries {hook}, which unpatching would break. Turn offloading off "
+                "(pipe.remove_all_hooks(), accelerate's remove_hook_from_submodules) and remove hooks first."
+            )
+    for decision in patched.decisions:
         path = _located(model, decision.path)
         module = model.get_submodule(path)
         if isinstance(module, QuantLinear):

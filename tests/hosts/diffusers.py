@@ -80,7 +80,8 @@ def pipeline(model: nn.Module) -> Any:
 def latents(pipe: Any, *, steps: int = 2, seed: int = 0) -> torch.Tensor:
     """What the pipeline denoises to, 16 x 16 pixels, 9 frames."""
     generator = torch.Generator().manual_seed(7)
-    embeds = {name: torch.randn(1, 16, TINY.text, generator=generator) for name in ("a", "b")}
+    where = pipe._execution_device
+    embeds = {name: torch.randn(1, 16, TINY.text, generator=generator).to(where) for name in ("a", "b")}
     result = pipe(
         prompt_embeds=embeds["a"],
         negative_prompt_embeds=embeds["b"],
