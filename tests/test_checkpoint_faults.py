@@ -104,6 +104,27 @@ def test_a_weight_or_scale_of_a_wrong_shape_or_dtype_is_named(
     assert isinstance(error, BadTensor) and error.key.startswith(f"{FIRST}.")
 
 
+def test_a_size_that_the_format_cannot_hold_is_refused(host: torch.nn.Module, tmp_path: Path) -> None:
+    """24 columns: one and a half blocks of 16."""
+    wanted = content("modelopt", "nvfp4")
+    for leaf, width in (("weight", 12), ("weight_scale", 1)):
+        wanted.tensors[f"{FIRST}.{leaf}"] = wanted.tensors[f"{FIRST}.{leaf}"][:, :width]
+    checkpoint = open_checkpoint(wanted.write(tmp_path))
+    with pytest.raises(BadTensor, match="cannot be nvfp4: in_features 24 is not a multiple of 16") as caught:
+        list(stream(checkpoint, torch.device("cpu")))
+    assert caught.value.key == f"{FIRST}.weight"
+    refused(host, checkpoint.path, BadTensor)
+
+
+def test_an_integer_weight_under_an_fp8_marker_is_not_read(host: torch.nn.Module, tmp_path: Path) -> None:
+    """One converter writes the scaled_fp8 marker whatever it wrote."""
+    wanted = content("comfy_scaled_fp8", "fp8")
+    wanted.tensors[f"{FIRST}.weight"] = torch.ones(128, 128, dtype=torch.int8)
+    wanted.tensors[f"{FIRST}.scale_weight"] = torch.ones(1)
+    error = refused(host, wanted.write(tmp_path), UnaccountedTensors, "They are I8")
+    assert isinstance(error, UnaccountedTensors) and error.unconsumed == (f"{FIRST}.weight",)
+
+
 def test_block_scales_that_count_as_many_as_the_channels_are_refused(tmp_path: Path) -> None:
     """64 x 64 blocks of [128, 4096] are 2 x 64 = 128 scales, as many as one an output channel would be."""
     for dialect, leaf in (("comfy", "weight_scale"), ("comfy_scaled_fp8", "scale_weight")):
