@@ -146,15 +146,16 @@ def _patch(
     fuse: bool,
     device: torch.device | None = None,
 ) -> Report:
-    tree = tree_of(model, SPELLINGS[host.spelling])
+    """Decide, refuse what cannot be, read, and only then change the model."""
     held_on = device or _device_of(model)
+    runs_on = _planning_device(held_on)
     if checkpoint is None and held_on.type == "meta":
         raise InvalidOption(
             "the model is on the meta device and has no weights to quantise; give a checkpoint."
         )
-    runs_on = _planning_device(held_on)
+    spelling = SPELLINGS[host.spelling]
     held = None if checkpoint is None else {path: layer.format for path, layer in checkpoint.layers.items()}
-    decisions = plan(tree, held, runs_on, options, swaps=host.swaps, fp32=host.fp32)
+    decisions = plan(tree_of(model, spelling), held, runs_on, options, swaps=host.swaps, fp32=host.fp32)
     refuse_nothing(decisions, options, checkpoint, host.name)
     refuse_unswappable(model, decisions, keeps_weights=checkpoint is None)
     static = options.activation == "static"
@@ -162,14 +163,12 @@ def _patch(
         require_input_scales(checkpoint, decisions)
     before = bytes_of(model)
     staged = None
-    if checkpoint is not None:
-        check_fit(model, SPELLINGS[host.spelling], checkpoint)
-        target = torch.device("cpu") if held_on.type == "meta" else held_on
-        staged = stage(
-            watched(stream(checkpoint, target), checkpoint), decisions, SPELLINGS[host.spelling], dtype
-        )
-    else:
+    if checkpoint is None:
         refuse_damaged(model, decisions)
+    else:
+        check_fit(model, spelling, checkpoint)
+        target = torch.device("cpu") if held_on.type == "meta" else held_on
+        staged = stage(watched(stream(checkpoint, target), checkpoint), decisions, spelling, dtype)
     parameters = execute(model, decisions, staged, dtype, runs_on.type, static=static)
     verify_residents(model, decisions)
     report = Report(
@@ -179,14 +178,23 @@ def _patch(
         decisions=tuple(decisions),
         bytes_before=before,
         bytes_after=bytes_of(model),
-        checkpoint=str(checkpoint.path) if checkpoint else None,
-        variant=checkpoint.variant.name if checkpoint else None,
-        dialect=checkpoint.dialect.name if checkpoint else None,
-        evidence=checkpoint.evidence if checkpoint else None,
         notes=notes(decisions, runs_on, checkpoint, options, fuse),
+        **_provenance(checkpoint),
     )
     remember(model, Patched(tuple(decisions), parameters, report))
     return report
+
+
+def _provenance(checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """The report's fields on the file."""
+    if checkpoint is None:
+        return {}
+    return {
+        "checkpoint": str(checkpoint.path),
+        "variant": checkpoint.variant.name,
+        "dialect": checkpoint.dialect.name,
+        "evidence": checkpoint.evidence,
+    }
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wan_runtime.aside import written_aside
 from wan_runtime.errors import InvalidOption
 
 if TYPE_CHECKING:
@@ -41,21 +40,8 @@ def write_video(
     if fps < 1:
         raise InvalidOption(f"fps is {fps}; it must be at least 1.")
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with written_aside(path) as aside:
         _encode(frames, aside, fps, metadata or {})
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            aside.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)
 
 
 def _encode(frames: NDArray[np.uint8], path: Path, fps: int, metadata: Mapping[str, str]) -> None:

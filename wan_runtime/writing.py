@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from wan_runtime.aside import written_aside
 from wan_runtime.errors import CheckpointError, InvalidOption, UnaccountedTensors
 from wan_runtime.header import SPELLINGS
 
@@ -60,30 +61,20 @@ def new_safetensors(
     size = len(head) + sum(spec.nbytes for spec in specs.values())
     _require_room(path, size)
     missing = dict(specs)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            file.write(head)
+    with written_aside(path) as aside, open(aside, "wb") as file:
+        file.write(head)
 
-            def write(key: str, tensor: torch.Tensor) -> None:
-                expected = missing.pop(key)
-                if spec_of(tensor) != expected:
-                    raise AssertionError(f"{key} was announced as {expected} and is {spec_of(tensor)}.")
-                file.seek(len(head) + places[key])
-                file.write(_bytes(tensor))
+        def write(key: str, tensor: torch.Tensor) -> None:
+            expected = missing.pop(key)
+            if spec_of(tensor) != expected:
+                raise AssertionError(f"{key} was announced as {expected} and is {spec_of(tensor)}.")
+            file.seek(len(head) + places[key])
+            file.write(_bytes(tensor))
 
-            yield write
-            if missing:
-                raise UnaccountedTensors(path, unfilled=sorted(missing), hint="Nothing was written.")
-            file.truncate(size)  # tensors without elements at the end write nothing
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            aside.unlink()
-        raise
-    _flush_folder(path.parent)
+        yield write
+        if missing:
+            raise UnaccountedTensors(path, unfilled=sorted(missing), hint="Nothing was written.")
+        file.truncate(size)  # tensors without elements at the end write nothing
 
 
 def _check_place(path: Path, source: Path | None) -> None:
@@ -129,11 +120,3 @@ def _require_room(path: Path, size: int) -> None:
             f"the new file takes {size / 2**30:.2f} GiB and {path.parent} has {free / 2**30:.2f} GiB free. "
             "Nothing was written.",
         )
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # the rename itself must survive a power cut
-    finally:
-        os.close(handle)
