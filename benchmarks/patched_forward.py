@@ -34,7 +34,7 @@ def show(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
-def build(size: str) -> torch.nn.Module:
+def build(size: str) -> Any:
     torch.manual_seed(0)
     with torch.device("meta"):
         model = WanTransformer3DModel(attention_head_dim=128, text_dim=4096, freq_dim=256, **CONFIGS[size])
@@ -50,7 +50,10 @@ def build(size: str) -> torch.nn.Module:
 
 def inputs(size: str, frames: int) -> dict[str, Any]:
     generator = torch.Generator("cuda").manual_seed(1)
-    make = lambda *shape: torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
     return {
         "hidden_states": make(1, CONFIGS[size]["in_channels"], (frames - 1) // 4 + 1, *LATENT[size]),
         "timestep": torch.tensor([500], device="cuda"),
@@ -59,9 +62,7 @@ def inputs(size: str, frames: int) -> dict[str, Any]:
     }
 
 
-def timed(
-    model: torch.nn.Module, arguments: dict[str, Any], runs: int
-) -> tuple[dict[str, float], torch.Tensor]:
+def timed(model: Any, arguments: dict[str, Any], runs: int) -> tuple[dict[str, float], torch.Tensor]:
     seconds = []
     torch.cuda.reset_peak_memory_stats()
     for _ in range(runs + 2):
@@ -84,7 +85,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return round(float((a.float() - b.float()).norm() / b.float().norm()), 5)
 
 
-def patched(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+def patched(model: Any, **options: Any) -> Any:
     clone = copy.deepcopy(model)
     start = time.perf_counter()
     report = wan_runtime.patch(clone, **options)
