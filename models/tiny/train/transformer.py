@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-from .. import words
-from . import scenes, whole
+from .. import whole, words
+from . import scenes
 from .schedule import learning_rate
 
 SHIFT = 3.0

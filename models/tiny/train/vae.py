@@ -22,7 +22,8 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import scenes, start, whole
+from .. import whole
+from . import scenes, start
 from .schedule import learning_rate
 
 STATE = "vae_optimiser.safetensors"

@@ -1,4 +1,4 @@
-"""The Wan VAE's two halves over a whole clip at once, for training.
+"""The Wan VAE's two halves over a whole clip at once, for training and for drawing many clips.
 
 `AutoencoderKLWan` works in chunks of four frames with a cache, which is right for long videos and slow for
 short ones: five times the kernels, 3-D convolutions that no library is fast at, and fp32 norms. Here frames
