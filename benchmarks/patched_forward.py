@@ -22,10 +22,34 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 import wan_runtime
 
 CONFIGS = {
-    "tiny": dict(num_attention_heads=2, ffn_dim=1024, num_layers=2, in_channels=16, out_channels=16),
-    "1.3B": dict(num_attention_heads=12, ffn_dim=8960, num_layers=30, in_channels=16, out_channels=16),
-    "5B": dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48),
-    "14B": dict(num_attention_heads=40, ffn_dim=13824, num_layers=40, in_channels=16, out_channels=16),
+    "tiny": {
+        "num_attention_heads": 2,
+        "ffn_dim": 1024,
+        "num_layers": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+    },
+    "1.3B": {
+        "num_attention_heads": 12,
+        "ffn_dim": 8960,
+        "num_layers": 30,
+        "in_channels": 16,
+        "out_channels": 16,
+    },
+    "5B": {
+        "num_attention_heads": 24,
+        "ffn_dim": 14336,
+        "num_layers": 30,
+        "in_channels": 48,
+        "out_channels": 48,
+    },
+    "14B": {
+        "num_attention_heads": 40,
+        "ffn_dim": 13824,
+        "num_layers": 40,
+        "in_channels": 16,
+        "out_channels": 16,
+    },
 }
 LATENT = {"tiny": (16, 16), "1.3B": (60, 104), "5B": (44, 80), "14B": (60, 104)}
 

@@ -1,7 +1,7 @@
 """A clip from a prompt with diffusers alone: an ordinary WAN script, which knows nothing of wan-runtime.
 
-It is diffusers' own text-to-video example for Wan, with the model, the device and the sizes as options. Run it as it is,
-or with every WAN model patched as it is loaded:
+It is diffusers' own text-to-video example for Wan, with the model, the device and the sizes as options. Run it as it
+is, or with every WAN model patched as it is loaded:
 
     python examples/text_to_video.py --model Wan-AI/Wan2.1-T2V-14B-Diffusers
     wan-runtime run --weights nvfp4 -- examples/text_to_video.py --model Wan-AI/Wan2.1-T2V-14B-Diffusers

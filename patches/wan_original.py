@@ -1,4 +1,4 @@
-"""Any module tree under the original release's names: Wan-Video/Wan2.1 and Wan2.2, DiffSynth-Studio, and forks of them."""
+"""Any module tree under the original release's names: Wan-Video/Wan2.1 and Wan2.2, DiffSynth-Studio and their forks."""
 
 from __future__ import annotations
 

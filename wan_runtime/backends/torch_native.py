@@ -35,7 +35,7 @@ def refuses(weight_format: str, compute: str, device: torch.device, shape: tuple
     if device.type != "cuda":
         return f"FP8 products need a CUDA GPU; the model is on {device.type}"
     if shape[0] % ALIGNMENT or shape[1] % ALIGNMENT:
-        return f"FP8 products need both dimensions to be multiples of {ALIGNMENT}; this weight is {shape[0]} x {shape[1]}"
+        return f"FP8 products need dimensions that are multiples of {ALIGNMENT}; the weight is {shape[0]} x {shape[1]}"
     index = device.index if device.index is not None else torch.cuda.current_device()
     return _probe(weight_format, index)
 
