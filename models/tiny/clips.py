@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,14 +33,22 @@ WORK = path().parent.parent / "build" / "tiny"
 SHEET = path() / "sheet.png"
 COLUMNS = ("bf16", "comfy-fp8-scaled", "modelopt-nvfp4", "fp8-scales-dropped")
 SHOWN = (
-    Ask("a large orange circle moving right on a black background", 7),
-    Ask("a large blue circle moving up on a white background", 7),
-    Ask("a large orange square moving down on a navy background", 7),
-    Ask("a large orange ring moving left on a black background", 7),
-    Ask("a small orange circle moving up on a gray background", 7),
-    Ask("a large blue square moving left on a gray background", 7),
+    Ask("a large orange circle moving right on a white background", 7),
+    Ask("a large orange square moving up on a black background", 7),
+    Ask("a large orange ring moving up on a navy background", 7),
+    Ask("a large blue circle moving right on a white background", 7),
+    Ask("a small orange circle moving down on a black background", 7),
+    Ask("a small blue circle moving up on a white background", 7),
 )
 console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One clip for each ask, and the seconds that all of them took."""
+
+    clips: list[Frames]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -57,17 +66,15 @@ class Score:
     seconds: float
 
 
-def score(
-    name: str, wanted: list[Ask], clips: list[Frames], bf16: list[Frames] | None, seconds: float
-) -> Score:
-    """Reads `clips`, one for each ask."""
-    wrong = [checker.wrong(clip, ask.prompt) for ask, clip in zip(wanted, clips, strict=True)]
+def score(name: str, wanted: list[Ask], drawn: Drawn, bf16: list[Frames] | None) -> Score:
+    """Reads the clips drawn for `wanted`, and compares them with those of the bf16 weights, if there are any."""
+    wrong = [checker.wrong(clip, ask.prompt) for clip, ask in zip(drawn.clips, wanted, strict=True)]
     by_attribute = {field: sum(field not in w for w in wrong) for field in Scene._fields}
     apart = None
     if bf16 is not None:
-        pairs = zip(clips, bf16, strict=True)
+        pairs = zip(drawn.clips, bf16, strict=True)
         apart = float(np.mean([np.abs(a.astype(float) - b).mean() for a, b in pairs]))
-    return Score(name, len(clips), sum(not w for w in wrong), by_attribute, apart, seconds)
+    return Score(name, len(wrong), sum(not w for w in wrong), by_attribute, apart, drawn.seconds)
 
 
 def table(scores: list[Score]) -> Table:
@@ -95,9 +102,7 @@ def check_names(names: list[str]) -> None:
         console.print(f"{name}: the same weights under original and diffusers names")
 
 
-def draw_all(
-    pipe: Any, names: list[str], wanted: list[Ask], steps: int, batch: int
-) -> dict[str, tuple[list[Frames], float]]:
+def draw_all(pipe: Any, names: list[str], wanted: list[Ask], steps: int, batch: int) -> dict[str, Drawn]:
     """The clips of every variant, and the seconds they took."""
     out = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -107,8 +112,8 @@ def draw_all(
             options = {"device": pipe.device, "dtype": pipe.transformer.dtype}
             pipe.transformer = wan_runtime.load(checkpoint(name, WORK), **options)
             began = time.monotonic()
-            clips = draw(pipe, wanted, steps, batch, lambda n, task=task: bar.advance(task, n))
-            out[name] = (clips, time.monotonic() - began)
+            clips = draw(pipe, wanted, steps, batch, partial(bar.advance, task))
+            out[name] = Drawn(clips, time.monotonic() - began)
     return out
 
 
@@ -136,27 +141,34 @@ def main(
     with_sheet = set(COLUMNS) <= set(names)
     both = wanted + (list(SHOWN) if with_sheet else [])
     drawn = draw_all(pipe, names, both, steps, 34 if cuda else 1)
-    bf16 = drawn["bf16"][0][: len(wanted)] if "bf16" in drawn else None
-    scores = [score(n, wanted, clips[: len(wanted)], bf16, s) for n, (clips, s) in drawn.items()]
+    first = {name: Drawn(d.clips[: len(wanted)], d.seconds) for name, d in drawn.items()}
+    bf16 = first["bf16"].clips if "bf16" in first else None
+    scores = [score(name, wanted, d, bf16) for name, d in first.items()]
     Console(width=120).print(table(scores))
+    where = torch.cuda.get_device_name() if cuda else "cpu"
+    write(output, scores, {"device": where, "dtype": str(pipe.transformer.dtype), "steps": steps}, wanted)
+    console.print(f"saved {output}")
     if with_sheet:
-        shown = {VARIANTS[name].label: drawn[name][0][len(wanted) :] for name in COLUMNS}
-        contact_sheet([ask.prompt for ask in SHOWN], shown).save(sheet, optimize=True)
-        for name in COLUMNS:
-            wrong = [
-                checker.wrong(c, a.prompt) for c, a in zip(drawn[name][0][len(wanted) :], SHOWN, strict=True)
-            ]
-            console.print(f"sheet, {name}: wrong {wrong}")
-    report = {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "dtype": str(pipe.transformer.dtype),
-        "steps": steps,
-        "asks": [asdict(ask) for ask in wanted],
-        "scores": [asdict(s) for s in scores],
-    }
+        save_sheet(sheet, {name: drawn[name].clips[len(wanted) :] for name in COLUMNS})
+    else:
+        console.print(f"no contact sheet: it needs the variants {', '.join(COLUMNS)}")
+
+
+def write(output: Path, scores: list[Score], how: dict[str, object], wanted: list[Ask]) -> None:
+    """Saves the figures, and what is needed to draw the same clips again."""
+    report = {**how, "scores": [asdict(s) for s in scores], "asks": [asdict(ask) for ask in wanted]}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=2) + "\n")
-    console.print(f"{output}" + (f", {sheet}" if with_sheet else ""))
+
+
+def save_sheet(out: Path, clips: dict[str, list[Frames]]) -> None:
+    """Saves the contact sheet, and says of each of its columns how many clips the checker accepts."""
+    labelled = {VARIANTS[name].label: drawn for name, drawn in clips.items()}
+    contact_sheet([ask.prompt for ask in SHOWN], labelled).save(out, optimize=True)
+    for name, drawn in clips.items():
+        right = sum(not checker.wrong(clip, ask.prompt) for clip, ask in zip(drawn, SHOWN, strict=True))
+        console.print(f"sheet, {name}: {right} of {len(SHOWN)} right")
+    console.print(f"saved {out}")
 
 
 if __name__ == "__main__":

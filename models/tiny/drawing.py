@@ -34,7 +34,7 @@ def asks(count: int) -> list[Ask]:
     scenes = [words.Scene(*names) for names in itertools.product(*words.CLASSES)]
     if not 1 <= count <= len(scenes):
         raise ValueError(
-            f"count is {count}; there are {len(scenes)} different prompts, so give 1 to that many."
+            f"count is {count}; there are {len(scenes)} different prompts, so give 1 to {len(scenes)}."
         )
     random.Random(ORDER).shuffle(scenes)
     return [Ask(words.prompt(scene), 1000 + i) for i, scene in enumerate(scenes[:count])]
