@@ -32,7 +32,7 @@ from wan_runtime.tiny import checker, words
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = tiny.path() / "transformer" / "diffusion_pytorch_model.safetensors"
 CHECKPOINT = ROOT / "build" / "tiny" / "wan-tiny-nvfp4.safetensors"
-PROMPT = "a large red circle moving right on a black background"
+PROMPT = "a large orange circle moving right on a black background"
 SEED = 7
 START_SECONDS = 300
 # One thread is a third slower than two on two idle cores, and several times faster where something else runs too.

@@ -27,7 +27,7 @@ def test_the_demo_makes_a_clip_that_shows_its_prompt(root: Path, tmp_path: Path)
     with av.open(str(clip)) as container:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     shown = checker.read(frames)
-    assert (len(frames), shown.color, shown.shape, shown.motion) == (17, "red", "circle", "moving right")
+    assert (len(frames), shown.color, shown.shape, shown.motion) == (17, "orange", "circle", "moving right")
 
 
 def test_a_prompt_that_the_checker_cannot_read_fails_at_once(root: Path, tmp_path: Path) -> None:
