@@ -13,14 +13,14 @@ from torch import nn
 
 from wan_runtime.catalogue import Catalogue
 from wan_runtime.errors import HostNotRecognised
-from wan_runtime.names import Variant
+from wan_runtime.names import SPELLINGS, Spelling, Variant
 
 
 @dataclass(frozen=True)
 class Host:
     """One implementation of a WAN model.
 
-    spelling  how it names modules: a member of wan_runtime.names.
+    spelling  how it names modules: a member of wan_runtime.names, or its own where no file is written so.
     classes   "module:Class" of each model class, watched by autopatch as it is imported.
     matches   whether a module is this host's model.
     swaps     original module path -> whether its Linear is quantised when no file decides.
@@ -29,12 +29,16 @@ class Host:
     """
 
     name: str
-    spelling: str
+    spelling: str | Spelling
     classes: tuple[str, ...]
     matches: Callable[[nn.Module], bool]
     swaps: Callable[[str], bool]
     fp32: Callable[[str], bool]
     build: Callable[[Variant], nn.Module] | None = None
+
+    @property
+    def names(self) -> Spelling:
+        return SPELLINGS[self.spelling] if isinstance(self.spelling, str) else self.spelling
 
 
 HOSTS: Catalogue[Host] = Catalogue("wan_runtime.patches", Host)

@@ -13,7 +13,7 @@ from wan_runtime.checkpoint import Checkpoint, open_checkpoint, stream
 from wan_runtime.errors import BackendUnavailable, InvalidOption
 from wan_runtime.fitting import check_fit, notes, refuse_damaged, refuse_nothing, require_input_scales
 from wan_runtime.inspecting import Inspection, inspect_checkpoint
-from wan_runtime.names import SPELLINGS
+from wan_runtime.obstacles import refuse_unswappable
 from wan_runtime.patches import HOSTS, Host, host_of
 from wan_runtime.plan import Options, plan, tree_of
 from wan_runtime.progress import watched
@@ -23,7 +23,6 @@ from wan_runtime.swap import (
     bytes_of,
     execute,
     patched_state,
-    refuse_unswappable,
     remember,
     stage,
     undo,
@@ -131,7 +130,7 @@ def _is_of(checkpoint: Path | str, report: Report) -> bool:
 
 
 def _builder(name: str) -> Host:
-    able = {HOSTS[h].spelling: HOSTS[h] for h in HOSTS if HOSTS[h].build is not None}
+    able = {HOSTS[h].names.name: HOSTS[h] for h in HOSTS if HOSTS[h].build is not None}
     if name not in able:
         raise InvalidOption(f"host={name!r}: a model can be built from a file for {', '.join(able)} only.")
     return able[name]
@@ -153,7 +152,7 @@ def _patch(
         raise InvalidOption(
             "the model is on the meta device and has no weights to quantise; give a checkpoint."
         )
-    spelling = SPELLINGS[host.spelling]
+    spelling = host.names
     held = None if checkpoint is None else {path: layer.format for path, layer in checkpoint.layers.items()}
     decisions = plan(tree_of(model, spelling), held, runs_on, options, swaps=host.swaps, fp32=host.fp32)
     refuse_nothing(decisions, options, checkpoint, host.name)

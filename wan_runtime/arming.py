@@ -288,7 +288,7 @@ def _from_single_file(host: Host, armed: Armed) -> Callable[..., Any]:
                 "path, or pass it as checkpoint (--checkpoint)."
             )
         dtype = kwargs.get("torch_dtype") or kwargs.get("dtype") or torch.bfloat16
-        model = load(checkpoint, host=host.spelling, device="cpu", dtype=dtype, **armed.options)
+        model = load(checkpoint, host=host.names.name, device="cpu", dtype=dtype, **armed.options)
         state = patched_state(model)
         assert state is not None and isinstance(state.report, Report)
         armed.note(state.report, checkpoint)

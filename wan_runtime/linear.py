@@ -17,7 +17,7 @@ from torch import nn
 from wan_runtime.backends import Multiply, multiplier
 from wan_runtime.errors import QuantisedWeight
 from wan_runtime.formats import FORMATS
-from wan_runtime.residents import Move, keeping_dtype
+from wan_runtime.residents import Move, keeping_dtype, served
 
 
 class WeightCopy(torch.Tensor):
@@ -65,6 +65,8 @@ class QuantLinear(nn.Linear):
         planned_for: the device type the plan was made for; on another one the layer dequantises and multiplies, so
             that a model planned for the GPU still runs where it lies.
         static: quantise activations with the file's input_scale instead of one dynamic scale a token.
+        replaces: the module this one stands for, its tensors on meta: what `unpatch` fills and puts back. It also
+            says how to answer: a server's linear (see `served`) answers the pair (output, None).
     """
 
     def __init__(
@@ -80,12 +82,15 @@ class QuantLinear(nn.Linear):
         planned_for: str = "cpu",
         static: bool = False,
         reads_as: torch.dtype = torch.bfloat16,
+        replaces: nn.Module | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate a float weight
         self.in_features, self.out_features = in_features, out_features
         self.format, self.backend, self.compute, self.static = format, backend, compute, static
         self.planned_for = planned_for
         self.reads_as = reads_as
+        self.__dict__["replaces"] = replaces  # not a child: it holds nothing that moves
+        self.pair = replaces is not None and served(replaces)
         fp32 = None if bias is None else nn.Parameter(bias.to(torch.float32), requires_grad=False)
         self.register_parameter("bias", fp32)
         # Codes last: hosts take the first parameter's dtype for a floating-point one.
@@ -133,7 +138,7 @@ class QuantLinear(nn.Linear):
                 "before loading plain weights, or patch it with the file."
             )
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> Any:
         slots = self.slots
         static = slots.pop("input_scale", None)
         kind = input.device.type
@@ -145,7 +150,8 @@ class QuantLinear(nn.Linear):
             product = product.float()
         if self.bias is not None:
             product = product.add_(self.bias)  # in place and in one pass: torch sums in fp32, then rounds
-        return product.to(dtype).reshape(*input.shape[:-1], self.out_features)
+        output = product.to(dtype).reshape(*input.shape[:-1], self.out_features)
+        return (output, None) if self.pair else output
 
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
         # What `weight` reads as follows the host's dtype; the storage does not.
@@ -176,6 +182,16 @@ def _result_dtype(input: torch.Tensor) -> torch.dtype:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return input.dtype
+
+
+def linear_size(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) features of a linear that holds a weight, of either family; None for any other module."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    weight = module._parameters.get("weight")
+    if not served(module) or weight is None or weight.dim() != 2:
+        return None
+    return weight.shape[0], weight.shape[1]
 
 
 def quantised_layers(model: nn.Module) -> Iterable[tuple[str, QuantLinear]]:

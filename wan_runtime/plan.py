@@ -13,6 +13,7 @@ from torch import nn
 from wan_runtime.backends import AUTOMATIC, COMPUTES, Backend, backend_named
 from wan_runtime.errors import BackendUnavailable, InvalidOption
 from wan_runtime.formats import FORMATS
+from wan_runtime.linear import linear_size
 from wan_runtime.names import Spelling, to_original
 
 Action = Literal["quantised", "linear", "resident", "own", "model"]
@@ -23,7 +24,7 @@ class Node:
     """A module that holds tensors of its own.
 
     path, original   its path in the host, and in the original release's names without an adapter's `base_layer`.
-    linear           (out, in) features of an `nn.Linear`.
+    linear           (out, in) features, where it is a linear.
     leaf             it has no children.
     parameters       it holds parameters; otherwise only floating-point buffers (RoPE tables).
     """
@@ -75,9 +76,8 @@ def tree_of(model: nn.Module, spelling: Spelling) -> list[Node]:
         adapter = any(part.startswith("lora_") for part in path.split("."))
         if adapter or (path and not parameters and not tables):
             continue
-        linear = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
         original = to_original(spelling, bare(path))
-        nodes.append(Node(path, original, linear, not any(module.children()), parameters))
+        nodes.append(Node(path, original, linear_size(module), not any(module.children()), parameters))
     return nodes
 
 

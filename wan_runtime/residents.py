@@ -24,6 +24,14 @@ COMPUTE_DTYPE = (
 )
 
 
+def served(module: nn.Module) -> bool:
+    """Whether a module is a linear of vLLM's family of servers (SGLang's and FastVideo's descend from it).
+
+    They are no nn.Linear: sizes are `input_size` and `output_size`, and the answer is (output, bias not added or None).
+    """
+    return any(cls.__name__ == "LinearBase" for cls in type(module).__mro__)
+
+
 def keeping_dtype(move: Move) -> Move:
     """A `Module._apply` function that moves a tensor's device and never changes its dtype."""
 
@@ -62,9 +70,7 @@ class _Resident(_OwnDtype):
         kwargs = {name: _up(a) for name, a in kwargs.items()}
         with _no_autocast(first):
             result = super().forward(*args, **kwargs)
-        if first is not None and first.is_floating_point() and isinstance(result, torch.Tensor):
-            return result.to(first.dtype)
-        return result
+        return result if first is None or not first.is_floating_point() else _as(first.dtype, result)
 
 
 class _Fp32Bias(_OwnDtype):
@@ -81,9 +87,11 @@ class _Fp32Bias(_OwnDtype):
 
         return super(_OwnDtype, self)._apply(move, recurse)  # type: ignore[no-untyped-call]
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> Any:
         product = nn.functional.linear(input, self.weight.to(input.dtype))
-        return product if self.bias is None else product.add_(self.bias)
+        if self.bias is not None:
+            product = product.add_(self.bias)
+        return (product, None) if served(self) else product
 
 
 class _Model(_OwnDtype):
@@ -121,6 +129,13 @@ def _no_autocast(tensor: torch.Tensor | None) -> contextlib.AbstractContextManag
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
+
+
+def _as(dtype: torch.dtype, result: Any) -> Any:
+    """A result, or each of several, in a dtype."""
+    if isinstance(result, tuple):
+        return tuple(_as(dtype, part) for part in result)
+    return result.to(dtype) if isinstance(result, torch.Tensor) and result.is_floating_point() else result
 
 
 def _up(value: Any) -> Any:

@@ -15,12 +15,12 @@ from torch import nn
 from wan_runtime.checkpoint import Loaded
 from wan_runtime.errors import InvalidOption
 from wan_runtime.formats import FORMATS
-from wan_runtime.linear import QuantLinear
+from wan_runtime.linear import QuantLinear, linear_size
 from wan_runtime.names import Spelling, from_original
+from wan_runtime.obstacles import hook_on
 from wan_runtime.plan import Decision, bare
 from wan_runtime.residents import COMPUTE_DTYPE, become, restore
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 STATE = "_wan_runtime"  # attribute of a patched model: its Patched record
 
 
@@ -122,13 +122,15 @@ def _quantised(
     device_type: str,
     static: bool,
 ) -> QuantLinear:
-    assert isinstance(module, nn.Linear) and decision.format and decision.backend and decision.compute
+    size = linear_size(module)
+    assert size is not None and decision.format and decision.backend and decision.compute
     if slots is None:
-        slots = FORMATS[decision.format].quantize(module.weight.detach(), True)
-        bias = None if module.bias is None else module.bias.detach()
+        slots = FORMATS[decision.format].quantize(module.get_parameter("weight").detach(), True)
+        held = module._parameters["bias"]
+        bias = None if held is None else held.detach()
     quantised = QuantLinear(
-        module.in_features,
-        module.out_features,
+        size[1],
+        size[0],
         format=decision.format,
         slots=slots,
         bias=bias,
@@ -137,8 +139,23 @@ def _quantised(
         planned_for=device_type,
         static=static,
         reads_as=dtype,
+        replaces=_emptied(module),
     )
     return quantised.train(module.training)
+
+
+def _emptied(module: nn.Module) -> nn.Module:
+    """A module whose tensors are gone to meta, for `undo`; what hosts noted on its parameters stays on them."""
+    for leaf, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[leaf] = _like(parameter, parameter.detach().to("meta"))
+    return module
+
+
+def _like(parameter: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
+    new = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    new.__dict__.update(parameter.__dict__)
+    return new
 
 
 def _fill(
@@ -150,7 +167,7 @@ def _fill(
             continue
         held = dtype if decision.action == "linear" and leaf == "weight" else torch.float32
         value = tensors[leaf] if tensors else parameter.detach().to(held)
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        module._parameters[leaf] = _like(parameter, value)
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -164,7 +181,7 @@ def undo(model: nn.Module) -> None:
     if patched is None:
         raise InvalidOption("the model is not patched, so there is nothing to undo.")
     for decision in patched.decisions:
-        hook = _hook_on(model.get_submodule(_located(model, decision.path)), decision)
+        hook = hook_on(model.get_submodule(_located(model, decision.path)), decision)
         if hook is not None:
             raise InvalidOption(
                 f"{decision.path or 'the model'} carries {hook}, which unpatching would break. Turn offloading off "
@@ -174,7 +191,7 @@ def undo(model: nn.Module) -> None:
         path = _located(model, decision.path)
         module = model.get_submodule(path)
         if isinstance(module, QuantLinear):
-            _set(model, path, _float_linear(module, decision.path, patched.before))
+            _set(model, path, _refilled(module, decision.path, patched.before))
             continue
         restore(module)
         for leaf, parameter in module._parameters.items():
@@ -194,17 +211,16 @@ def _located(model: nn.Module, path: str) -> str:
     return path
 
 
-def _float_linear(module: QuantLinear, path: str, before: Mapping[str, Before]) -> nn.Linear:
-    was = before[f"{path}.weight"]
-    linear = nn.Linear(
-        module.in_features, module.out_features, bias=module.bias is not None, device="meta", dtype=was.dtype
-    )
-    weight = FORMATS[module.format].dequantize(module.slots).to(was.dtype)
-    linear.weight = nn.Parameter(weight, requires_grad=was.requires_grad)
-    if module.bias is not None:
-        was = before[f"{path}.bias"]
-        linear.bias = nn.Parameter(module.bias.detach().to(was.dtype), requires_grad=was.requires_grad)
-    return linear.train(module.training)
+def _refilled(module: QuantLinear, path: str, before: Mapping[str, Before]) -> nn.Module:
+    """The module that a QuantLinear replaced, with the dequantised weight and the bias in it."""
+    replaced: nn.Module = module.__dict__["replaces"]
+    weight = FORMATS[module.format].dequantize(module.slots)
+    for leaf, value in (("weight", weight), ("bias", module.bias)):
+        parameter = replaced._parameters[leaf]
+        if parameter is not None and value is not None:
+            held = value.detach().to(before[f"{path}.{leaf}"].dtype)
+            replaced._parameters[leaf] = _like(parameter, held)
+    return replaced.train(module.training)
 
 
 def patched_state(model: nn.Module) -> Patched | None:
@@ -239,46 +255,3 @@ def verify_residents(model: nn.Module, decisions: Sequence[Decision]) -> None:
                 )
             if parameter.is_meta:
                 raise AssertionError(f"{decision.path}.{leaf} was left on the meta device by the patch.")
-
-
-def refuse_unswappable(model: nn.Module, decisions: Sequence[Decision], *, keeps_weights: bool) -> None:
-    """Refuse what a swap would lose without a word: another library's quantisation, hooks, offloaded tensors.
-
-    `keeps_weights` is whether the model's own weights are what gets quantised.
-    """
-    for decision in decisions:
-        module = model.get_submodule(decision.path)
-        weight = module._parameters.get("weight")
-        if decision.action == "quantised" and weight is not None:
-            held = (
-                None
-                if type(weight) is nn.Parameter
-                else f"a {type(weight).__module__}.{type(weight).__name__}"
-            )
-            if held is None and keeps_weights and weight.dtype not in FLOATS:
-                held = f"{str(weight.dtype).removeprefix('torch.')}, whose scale this model does not hold"
-            if held is not None:
-                raise InvalidOption(
-                    f"{decision.path}.weight is {held}: something else quantised it. Load the model unquantised and "
-                    "patch it, or give patch() the quantised file as its checkpoint."
-                )
-        hook = _hook_on(module, decision)
-        if hook is not None:
-            raise InvalidOption(
-                f"{decision.path or 'the model'} carries {hook}, which a patch would break. Patch the model first, "
-                "then enable offloading or register hooks."
-            )
-
-
-def _hook_on(module: nn.Module, decision: Decision) -> str | None:
-    """A hook that would outlive its module, or that holds the module's tensors; in words."""
-    leaf = decision.action in ("quantised", "linear", "resident")
-    accelerates = getattr(module, "_hf_hook", None)
-    if accelerates is not None and (leaf or getattr(accelerates, "offload", False)):
-        return "an accelerate hook"
-    registry = getattr(module, "_diffusers_hook", None)
-    if registry is not None and (leaf or registry.get_hook("group_offloading") is not None):
-        return "a diffusers hook"
-    if decision.action == "quantised" and (module._forward_hooks or module._forward_pre_hooks):
-        return "a forward hook"
-    return None

@@ -32,6 +32,11 @@ class Spelling:
     top: Mapping[str, str]
     block: Mapping[str, str]
 
+    @functools.cached_property
+    def inverse(self) -> tuple[dict[str, str], dict[str, str]]:
+        """`top` and `block` from the original spelling to this one."""
+        return {v: k for k, v in self.top.items()}, {v: k for k, v in self.block.items()}
+
 
 SPELLINGS: Catalogue[Spelling] = Catalogue("wan_runtime.names", Spelling)
 
@@ -59,14 +64,7 @@ def to_original(names: Spelling, path: str) -> str:
 
 def from_original(names: Spelling, path: str) -> str:
     """A path in the original release's spelling -> this one."""
-    top, block = _inverse(names.name)
-    return rename(path, top, block)
-
-
-@functools.cache
-def _inverse(name: str) -> tuple[dict[str, str], dict[str, str]]:
-    names = SPELLINGS[name]
-    return {v: k for k, v in names.top.items()}, {v: k for k, v in names.block.items()}
+    return rename(path, *names.inverse)
 
 
 def without_prefix(key: str) -> str:
