@@ -18,10 +18,7 @@ from wan_runtime.errors import (
     BackendUnavailable,
     HostNotRecognised,
     InvalidOption,
-    NothingToPatch,
-    UnaccountedTensors,
 )
-from wan_runtime.linear import QuantLinear
 
 SPELLING = {"comfy_scaled_fp8": "fp8", "comfy": "nvfp4", "modelopt": "nvfp4"}
 
@@ -135,35 +132,11 @@ def test_what_is_no_wan_transformer_is_refused(found: str) -> None:
     assert "wan_diffusers" in caught.value.known
 
 
-def test_zero_layers_is_an_error() -> None:
-    model = transformer()
-    with pytest.raises(NothingToPatch, match=r"skipped by '\*'"):
-        wan_runtime.patch(model, skip=("*",))
-    assert not any(isinstance(m, QuantLinear) for m in model.modules())
-
-
-def test_a_plain_file_loads_and_the_report_says_it_is_plain(plain: Path) -> None:
-    model = transformer(seed=2)
-    report = wan_runtime.patch(model, plain)
-    assert not report.quantised and any("not quantised" in note for note in report.notes)
-    model.to(torch.float32)
-    assert error(run(model), run(transformer())) < 5e-3
-
-
 def test_keep_without_a_file_makes_the_residents_fp32_and_no_more() -> None:
     model = transformer(torch.bfloat16)
     report = wan_runtime.patch(model, weights="keep")
     assert not report.quantised
     assert error(run(model, torch.bfloat16), run(transformer())) < 0.02
-
-
-def test_a_file_of_another_size_is_refused(plain: Path) -> None:
-    from tests.builders.wan import Sizes
-
-    with pytest.raises(UnaccountedTensors, match="slots of the model were not filled"):
-        wan_runtime.patch(transformer(sizes=Sizes(layers=3)), plain)
-    with pytest.raises(UnaccountedTensors, match="tensors of the file were not consumed"):
-        wan_runtime.patch(transformer(sizes=Sizes(layers=1)), plain)
 
 
 def test_explicit_choices_that_cannot_be_served() -> None:
@@ -183,31 +156,6 @@ def test_explicit_choices_that_cannot_be_served() -> None:
 def test_fp8_products_on_the_cpu_are_refused() -> None:
     with pytest.raises(BackendUnavailable, match="need a CUDA GPU"):
         wan_runtime.patch(transformer(), compute="fp8")
-
-
-def with_input_scales(content: files.Content) -> files.Content:
-    for module in block_linears():
-        content.tensors[f"{module}.scale_input"] = torch.tensor([0.05])
-    return content
-
-
-def test_static_activation_needs_every_input_scale(tmp_path: Path) -> None:
-    content, path = quantised(tmp_path / "none")
-    with pytest.raises(InvalidOption, match=r"20 have none, the first 'blocks\.0\.attn1\.to_q'"):
-        wan_runtime.patch(transformer(), path, activation="static")
-    scaled = with_input_scales(content)
-    path = scaled.write(tmp_path / "all")
-    model = transformer()
-    report = wan_runtime.patch(model, path, activation="static")
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    assert all(m.static and m.slots["input_scale"].item() == pytest.approx(0.05) for m in layers)
-    assert any("static" in note for note in report.notes), "on a CPU activations are not quantised at all"
-    with pytest.raises(InvalidOption, match="20 have none"):  # an fp8 scale is no nvfp4 scale
-        wan_runtime.patch(transformer(), path, activation="static", weights="nvfp4")
-    del scaled.tensors["blocks.1.ffn.0.scale_input"]
-    with pytest.raises(InvalidOption, match=r"1 have none, the first 'blocks\.1\.ffn\.net\.0\.proj'"):
-        wan_runtime.patch(transformer(), scaled.write(tmp_path / "mixed"), activation="static")
-    assert wan_runtime.patch(transformer(), tmp_path / "mixed").quantised, "dynamic needs none"
 
 
 def test_a_wan_pipeline_runs_a_patched_model(tmp_path: Path) -> None:
