@@ -25,7 +25,7 @@ serve: $(READY)  ## Keep that server up, on port 8000
 	$(BIN)/python examples/demo.py --serve
 
 test: check  ## The checks, then every test, with coverage printed
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term
 
 check: $(READY)  ## Format, lint, types, import layers
 	$(BIN)/ruff format --check .

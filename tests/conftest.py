@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Two test processes share the machine's cores; more threads than cores make small tensors many times slower.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
