@@ -1,83 +1,98 @@
-"""`python -m wan_runtime.tiny.train tokenizer|vae|transformer ...`. Each stage saves before it returns."""
+"""`python -m wan_runtime.tiny.train all|tokenizer|unpack`: trains the tiny pipeline, from a checkout."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline
 
-from . import scenes, sheets, tokenizer, transformer, vae
+from . import both, parts, scenes, tokenizer
+from .transformer import TransformerOptions
+from .vae import VaeOptions
 
 TINY = Path(__file__).parent.parent
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of all stages."""
+    """The command line."""
     top = argparse.ArgumentParser(prog="python -m wan_runtime.tiny.train", description=__doc__)
-    stages = top.add_subparsers(dest="stage", required=True)
-    words = stages.add_parser("tokenizer", help="train the vocabulary on every prompt")
+    commands = top.add_subparsers(dest="command", required=True)
+    words = commands.add_parser("tokenizer", help="train the vocabulary on every prompt")
     words.add_argument("--out", type=Path, required=True)
-    first = stages.add_parser("vae", help="stage 1; --resume goes on from what --out holds")
-    first.add_argument("--seconds", type=float, required=True)
-    first.add_argument("--out", type=Path, required=True)
-    first.add_argument("--resume", action="store_true")
-    first.add_argument("--batch", type=int, default=8)
-    first.add_argument("--peak", type=float, default=6e-4)
-    first.add_argument("--resolution", type=int, default=scenes.RESOLUTION, help="less only to try it out")
-    second = stages.add_parser("transformer", help="stage 2: text encoder and transformer")
-    second.add_argument("--vae", type=Path, required=True, help="the vae/ folder of stage 1")
-    second.add_argument("--tokenizer", type=Path, default=TINY / "tokenizer")
-    second.add_argument("--seconds", type=float, required=True)
-    second.add_argument(
-        "--resume", type=Path, help="a pipeline whose transformer and text encoder to go on from"
+    laid = commands.add_parser("unpack", help="lay the parts of a run out as folders")
+    laid.add_argument("parts", type=Path)
+    where = laid.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="the pipeline, such as models/tiny")
+    where.add_argument("--run", type=Path, help="all of the run, for `all --resume --out` to go on from")
+    every = commands.add_parser(
+        "all", help="VAE, then transformer, then 100 clips scored; 0 seconds skip a stage"
     )
-    second.add_argument("--out", type=Path, required=True)
-    second.add_argument("--clips", type=int, default=8192)
-    second.add_argument("--batch", type=int, default=256)
-    second.add_argument("--compile", action="store_true")
-    second.add_argument("--sample-steps", type=int, default=20)
+    every.add_argument("--out", type=Path, required=True)
+    every.add_argument("--vae-seconds", type=float, default=180)
+    every.add_argument("--transformer-seconds", type=float, default=200)
+    every.add_argument("--parts", type=Path, help="also put every result here, in 8 files below 16 MiB")
+    every.add_argument(
+        "--resume", action="store_true", help="go on from what --out holds, each stage from its own"
+    )
+    every.add_argument("--tokenizer", type=Path, default=TINY / "tokenizer")
+    every.add_argument(
+        "--vae-peak", type=float, default=VaeOptions.peak, help="4e-4 is right for a resumed run"
+    )
+    every.add_argument("--no-compile", action="store_true", help="leave the transformer's blocks uncompiled")
+    every.add_argument("--scored", type=int, default=100, help="clips that the checker reads at the end")
+    small = every.add_argument_group("smaller, only to try it out")
+    small.add_argument("--resolution", type=int, default=scenes.RESOLUTION)
+    small.add_argument("--vae-batch", type=int, default=VaeOptions.batch)
+    small.add_argument("--clips", type=int, default=TransformerOptions.clips)
+    small.add_argument("--batch", type=int, default=TransformerOptions.batch)
+    small.add_argument("--looked-at", type=int, default=64)
+    small.add_argument("--steps", type=int, default=20)
+    small.add_argument("--any-hue", action="store_true", help="go on however poor the colours are")
     return top
 
 
-def run_vae(given: argparse.Namespace, device: torch.device) -> None:
-    """Stage 1 and its sheet."""
-    options = vae.VaeOptions(batch=given.batch, peak=given.peak, resolution=given.resolution)
-    given.out.mkdir(parents=True, exist_ok=True)
-    vae.train(given.seconds, given.out, device, given.resume, options)
-    trained = AutoencoderKLWan.from_pretrained(given.out / "vae").to(device)
-    with torch.backends.cudnn.flags(benchmark=False):
-        sheets.vae_sheet(trained, given.out / "vae.png")
-
-
-def run_transformer(given: argparse.Namespace, device: torch.device) -> None:
-    """Stage 2, its sheet, and the VAE's PSNR once more with the bf16 weights that were saved."""
-    options = transformer.TransformerOptions(clips=given.clips, batch=given.batch, compiled=given.compile)
-    folders = transformer.Folders(given.vae, given.tokenizer, given.out, given.resume)
-    transformer.train(folders, given.seconds, device, options)
-    # Read again from the disk: what is looked at is what was saved.
-    pipeline = WanPipeline.from_pretrained(given.out, torch_dtype=torch.float32).to(device)
-    cuda = device.type == "cuda"
-    torch.backends.cudnn.benchmark = False
-    print(f"vae with bf16 weights: {vae.evaluate(pipeline.vae, 32 if cuda else 1)[0]:.2f} dB", flush=True)
-    prompts = None if cuda else sheets.PROMPTS[:1]
-    sheets.sample_sheet(pipeline, given.out / "samples.png", given.sample_steps, prompts)
+def plan(given: argparse.Namespace, device: torch.device) -> both.Run:
+    """The run that was asked for."""
+    compiled = device.type == "cuda" and not given.no_compile
+    return both.Run(
+        out=given.out,
+        tokenizer=given.tokenizer,
+        vae_seconds=given.vae_seconds,
+        transformer_seconds=given.transformer_seconds,
+        parts=given.parts,
+        resumed=given.resume,
+        vae=VaeOptions(batch=given.vae_batch, peak=given.vae_peak, resolution=given.resolution),
+        transformer=TransformerOptions(clips=given.clips, batch=given.batch, compiled=compiled),
+        looked_at=given.looked_at,
+        scored=given.scored,
+        steps=given.steps,
+        any_hue=given.any_hue,
+    )
 
 
 def main() -> None:
-    """Runs one stage on the GPU if there is one."""
+    """Runs one command, on the GPU if there is one."""
     given = parser().parse_args()
+    if given.command == "tokenizer":
+        tokenizer.train(given.out)
+        return
+    if given.command == "unpack":
+        if given.out:
+            parts.unpack(given.parts, given.out)
+        else:
+            parts.restore(given.parts, given.run)
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    if given.stage == "tokenizer":
-        tokenizer.train(given.out)
-    elif given.stage == "vae":
-        run_vae(given, device)
-    else:
-        run_transformer(given, device)
+    try:
+        both.run(plan(given, device), device)
+    except both.PoorColours as error:
+        print(error, flush=True)
+        sys.exit(3)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Flow matching as Wan is sampled: x_s = (1 - s) x_0 + s noise, the model is asked
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,37 +118,69 @@ def noised(clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (1 - wide) * clean + wide * noise, s, noise - clean
 
 
-def fit(
-    text_encoder: UMT5EncoderModel,
-    transformer: WanTransformer3DModel,
-    latents: Tensor,
-    prompts: Prompts,
-    seconds: float,
-    options: TransformerOptions,
-) -> int:
-    """Trains both for `seconds`, leaves their averaged weights in them, and returns the steps made."""
-    device = latents.device
-    cuda = device.type == "cuda"
-    parameters = [*transformer.parameters(), *text_encoder.parameters()]
+@dataclass(frozen=True)
+class Pair:
+    """The two models that are trained together."""
+
+    text_encoder: UMT5EncoderModel
+    transformer: WanTransformer3DModel
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.transformer.parameters(), *self.text_encoder.parameters()]
+
+
+def loss_of(pair: Pair, latents: Tensor, prompts: Prompts, batch: int) -> Tensor:
+    """The mean square error of the velocity at one random point for each of `batch` random clips."""
+    cuda = latents.device.type == "cuda"
+    rows = torch.randint(len(latents), (batch,), device=latents.device)
+    ids, mask = prompts.drawn(rows)
+    point, s, velocity = noised(latents[rows])
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=cuda):
+        text = pair.text_encoder(ids, attention_mask=mask).last_hidden_state * mask[..., None]
+        answer = pair.transformer(
+            hidden_states=point.bfloat16() if cuda else point,
+            timestep=s * 1000,
+            encoder_hidden_states=F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1])),
+            return_dict=False,
+        )[0]
+    loss: Tensor = (answer.float() - velocity).pow(2).mean()
+    return loss
+
+
+def compile_blocks(pair: Pair, attempt: Callable[[], Tensor]) -> None:
+    """Compiles the transformer's blocks; where one step then fails, says so and takes them back.
+
+    Without it a step takes longer and the model is the same: a training run is not to be lost for that.
+    """
+    pair.transformer.compile_repeated_blocks(fullgraph=True)
+    began = time.monotonic()
+    try:
+        attempt().backward()
+        print(f"transformer: compiled in {time.monotonic() - began:.0f} s", flush=True)
+    except Exception as error:  # torch.compile fails in many ways, and each is the same to us
+        print(f"transformer: NOT compiled, slower from here: {type(error).__name__}: {error}", flush=True)
+        for module in pair.transformer.modules():
+            module._compiled_call_impl = None
+    for parameter in pair.parameters():
+        parameter.grad = None
+
+
+def fit(pair: Pair, latents: Tensor, prompts: Prompts, seconds: float, options: TransformerOptions) -> int:
+    """Trains both for `seconds`, leaves their averaged weights in them, and returns the steps made.
+
+    Compiling, some 45 s on an H200, comes on top of `seconds`.
+    """
+    parameters = pair.parameters()
+    if options.compiled:
+        compile_blocks(pair, lambda: loss_of(pair, latents, prompts, options.batch))
+    cuda = latents.device.type == "cuda"
     opt = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.01, betas=(0.9, 0.99), fused=cuda)
     average = [p.detach().clone() for p in parameters]
-    if options.compiled:
-        transformer.compile_repeated_blocks(fullgraph=True)
     start, step = time.monotonic(), 0
     while (progress := (time.monotonic() - start) / seconds) < 1:
         for group in opt.param_groups:
             group["lr"] = learning_rate(progress, options.peak)
-        rows = torch.randint(len(latents), (options.batch,), device=device)
-        ids, mask = prompts.drawn(rows)
-        point, s, velocity = noised(latents[rows])
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            text = text_encoder(ids, attention_mask=mask).last_hidden_state * mask[..., None]
-            text = F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1]))
-            point = point.bfloat16() if cuda else point
-            answer = transformer(
-                hidden_states=point, timestep=s * 1000, encoder_hidden_states=text, return_dict=False
-            )[0]
-        loss = (answer.float() - velocity).pow(2).mean()
+        loss = loss_of(pair, latents, prompts, options.batch)
         opt.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -157,10 +190,8 @@ def fit(
             now = [p.detach() for p in parameters]
             torch._foreach_lerp_(average, now, 1 - min(0.999, step / (step + 50)))
         if step % 250 == 1:
-            print(
-                f"transformer step {step} loss {loss.item():.4f} t {time.monotonic() - start:.0f} s",
-                flush=True,
-            )
+            shown = f"loss {loss.item():.4f} t {time.monotonic() - start:.0f} s"
+            print(f"transformer step {step} {shown}", flush=True)
     with torch.no_grad():
         for parameter, value in zip(parameters, average, strict=True):
             parameter.copy_(value)
@@ -193,7 +224,7 @@ class Folders:
     resumed: Path | None
 
 
-def models(folders: Folders, vocabulary: int) -> tuple[UMT5EncoderModel, WanTransformer3DModel]:
+def models(folders: Folders, vocabulary: int) -> Pair:
     """The text encoder and the transformer to train: new ones, or those of `folders.resumed`."""
     text_encoder, transformer = build_text_encoder(vocabulary), build_transformer()
     if folders.resumed is not None:
@@ -201,25 +232,26 @@ def models(folders: Folders, vocabulary: int) -> tuple[UMT5EncoderModel, WanTran
         text_encoder.load_state_dict(saved.state_dict())
         weights = load_file(folders.resumed / "transformer" / "diffusion_pytorch_model.safetensors")
         transformer.load_state_dict(weights)
-    return text_encoder, transformer
+    return Pair(text_encoder, transformer)
 
 
 def train(folders: Folders, seconds: float, device: torch.device, options: TransformerOptions) -> None:
     """Trains for `seconds` and saves the whole pipeline to `folders.out`, every weight in bf16."""
     torch.manual_seed(0)
     generator = torch.Generator(device).manual_seed(2)
-    vae = AutoencoderKLWan.from_pretrained(folders.vae).to(device).eval().requires_grad_(False)
+    vae = AutoencoderKLWan.from_pretrained(folders.vae, torch_dtype=torch.float32)
+    vae.to(device).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(folders.tokenizer)
     classes = scenes.sample(options.clips, generator)
     with torch.backends.cudnn.flags(benchmark=False):
         latents = encode_clips(vae, classes, generator)
     latents = latents.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     print(f"latents {tuple(latents.shape)}", flush=True)
-    text_encoder, transformer = models(folders, len(tokenizer))
-    text_encoder.to(device).train()
-    transformer.to(device).train()
-    steps = fit(text_encoder, transformer, latents, tokenise(tokenizer, classes), seconds, options)
+    pair = models(folders, len(tokenizer))
+    pair.text_encoder.to(device).train()
+    pair.transformer.to(device).train()
+    steps = fit(pair, latents, tokenise(tokenizer, classes), seconds, options)
     print(f"transformer: {steps} steps in {seconds:.0f} s", flush=True)
-    pipeline = assemble(tokenizer, text_encoder.eval(), vae, transformer.eval())
+    pipeline = assemble(tokenizer, pair.text_encoder.eval(), vae, pair.transformer.eval())
     pipeline.to(dtype=torch.bfloat16)
     pipeline.save_pretrained(folders.out, safe_serialization=True)
