@@ -96,6 +96,8 @@ def _scaled_product(
     rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, static: torch.Tensor | None
 ) -> torch.Tensor:
     """rows [tokens, in] x weight [out, in] codes -> bf16 [tokens, out]."""
+    if not rows.shape[0]:  # cuBLAS refuses an empty product
+        return rows.new_empty(0, weight.shape[0], dtype=torch.bfloat16)
     from wan_runtime.kernels.quantize_rows import quantize_rows
 
     if static is None:
