@@ -104,7 +104,7 @@ def judge_vae(plan: Run, device: torch.device) -> None:
     with torch.backends.cudnn.flags(benchmark=False):
         psnr, frames = vae.evaluate(trained, plan.looked_at)
         drawn, rendered = vae.hue(trained, plan.looked_at)
-        sheets.vae_sheet(trained, plan.out / "vae.png")
+        sheets.vae_sheet(trained, plan.out / "vae.png", min(6, plan.looked_at))
     parts.put(plan.out / "vae.png", plan.parts)
     print(f"vae, bf16 weights: {psnr:.2f} dB on {plan.looked_at} unseen clips", flush=True)
     print(f"vae, by frame: {[round(f, 1) for f in frames]}", flush=True)

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from PIL import Image
 
-from .. import drawing
+from .. import drawing, whole
 from . import scenes
 
 PROMPTS = [
@@ -28,7 +28,7 @@ def vae_sheet(vae: AutoencoderKLWan, path: Path, count: int = 6) -> None:
     device = next(vae.parameters()).device
     generator = torch.Generator(device).manual_seed(20_002)
     clip = scenes.render(scenes.sample(count, generator), generator)
-    drawn = vae.decode(vae.encode(clip).latent_dist.mode()).sample
+    drawn = whole.decode(vae, whole.encode(vae, clip)[0]).clamp(-1, 1)
     pairs = [torch.cat([clip[:, :, i], drawn[:, :, i]], 3) for i in (0, 8, 16)]
     rows = torch.cat(pairs, 3)  # [count, 3, h, 6 w]
     sheet = torch.cat(list(rows), 1).permute(1, 2, 0)

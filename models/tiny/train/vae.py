@@ -135,7 +135,7 @@ def hue(vae: AutoencoderKLWan, count: int, seed: int = 10_002) -> tuple[float, f
     right = torch.zeros(2)
     for part in classes.split(8):
         clip = scenes.render(part, generator)
-        drawn = vae.decode(vae.encode(clip).latent_dist.mode()).sample
+        drawn = whole.decode(vae, whole.encode(vae, clip)[0]).clamp(-1, 1)
         inside = ((clip - clip[:, :, :, :1, :1]).abs().sum(1, keepdim=True) > 0.5).float()
         for i, picture in enumerate((drawn, clip)):
             color = ((picture + 1) / 2 * inside).sum((2, 3, 4)) / inside.sum((2, 3, 4))
