@@ -55,6 +55,7 @@ class Drawn:
 class Score:
     """How the clips of one variant were read; `right` counts those with all five attributes right.
 
+    `seconds` is the time of all clips drawn from the variant, those of the contact sheet included.
     `from_bf16` is the mean absolute difference of all pixels from the bf16 weights' clips, of 255; None without them.
     """
 
