@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wan_runtime.backends import AUTOMATIC, BACKENDS, COMPUTES, backend_named, multiplier
-from wan_runtime.errors import BackendUnavailable
+from wan_runtime.backends import AUTOMATIC, BACKENDS, COMPUTES, backend_named, device_named, multiplier
+from wan_runtime.errors import BackendUnavailable, InvalidOption
 from wan_runtime.formats import FORMATS
 
 CPU = torch.device("cpu")
@@ -66,3 +66,17 @@ def test_backends_are_found_by_the_name_users_type() -> None:
     with pytest.raises(BackendUnavailable, match=r"there are: .*torch") as caught:
         multiplier("cutlass", "fp8", "fp8")
     assert set(caught.value.refusals) == {"cutlass"}
+
+
+@pytest.mark.parametrize("name", ["foo", "", "gpu", "cuda:x", "cuda:99", torch.device("cuda", 99), "vulkan"])
+def test_a_device_that_is_not_there_is_refused_with_examples(name: str | torch.device) -> None:
+    with pytest.raises(InvalidOption) as refused:
+        device_named(name)
+    assert repr(str(name)) in str(refused.value)
+    assert "cuda:1" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_devices_that_are_there_are_taken_and_none_is_the_best_of_them() -> None:
+    assert device_named("cpu") == device_named(CPU) == CPU
+    assert device_named(None).type == ("cuda" if torch.cuda.is_available() else "cpu")

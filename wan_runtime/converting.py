@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from wan_runtime.backends import device_named
 from wan_runtime.checkpoint import Checkpoint, Loaded, open_checkpoint, read_layer, read_plain
 from wan_runtime.dialects import DIALECTS, OWN_MARKER, Dialect
 from wan_runtime.errors import InvalidOption, NothingToPatch, UnknownName
@@ -59,6 +60,7 @@ def convert(
     for what cannot be written, NothingToPatch when no layer would be quantised; nothing is then left half-written.
     """
     began = time.monotonic()
+    run_on = device_named(device)
     target = _target(to, names, tuple(skip))
     source = open_checkpoint(src, dialect=dialect, reference=reference)
     if names == "keep":
@@ -66,7 +68,6 @@ def convert(
     _check_skip(source, target)
     steps = decide(source, target)
     _refuse_nothing(steps, target)
-    run_on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     errors = _execute(source, Path(dst), target, steps, run_on)
     return _report(source, Path(dst), target, steps, errors, time.monotonic() - began)
 

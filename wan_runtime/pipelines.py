@@ -59,8 +59,9 @@ def load_pipeline(
     import torch
 
     from wan_runtime.api import load
+    from wan_runtime.backends import device_named
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     checkpoint = checkpoint or tiny_checkpoint()
     for name, part in (("--text-encoder", text_encoder), ("--vae", vae)):

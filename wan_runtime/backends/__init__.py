@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from wan_runtime.catalogue import Catalogue
-from wan_runtime.errors import BackendUnavailable
+from wan_runtime.errors import BackendUnavailable, InvalidOption
 from wan_runtime.formats import Slots
 
 # (activations [tokens, in], weight slots, static input scale [1, 1] or None) -> product [tokens, out] without bias,
@@ -55,3 +55,22 @@ def backend_named(name: str) -> Backend:
 def multiplier(backend: str, weight_format: str, compute: str) -> Multiply:
     """The function that multiplies for a layer."""
     return backend_named(backend).kernel(weight_format, compute)
+
+
+def device_named(name: str | torch.device | None) -> torch.device:
+    """The device that a caller calls `name`, once something could be placed on it; None is the GPU if there is one.
+
+    Raises InvalidOption for what is no device, or none that this machine and this torch have.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)  # torch names devices that are not there, and complains at first use
+    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
+        said = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
+        raise InvalidOption(
+            f"device {str(name)!r} cannot be used: {said}. Give cpu, cuda (the first GPU) or cuda:1, and see "
+            "`wan-runtime doctor` for what this machine has."
+        ) from error
+    return device
