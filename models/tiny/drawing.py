@@ -61,9 +61,14 @@ def latents(pipe: Any, batch: list[Ask], steps: int) -> torch.Tensor:
 
 @torch.no_grad()
 def decode(pipe: Any, latent: torch.Tensor) -> Frames:
-    """Pixels, uint8 [n, 17, 128, 128, 3]. What is not finite becomes black, which shows nothing and reads as such."""
-    pixels = whole.decode(pipe.vae, latent).nan_to_num(-1.0, 1.0, -1.0).clamp(-1, 1)
-    frames: Frames = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+    """The clips of what `latents` gives, as `pixels` gives them."""
+    return pixels(whole.decode(pipe.vae, latent))
+
+
+def pixels(clips: torch.Tensor) -> Frames:
+    """[n, 3, f, h, w] in -1..1 -> uint8 [n, f, h, w, 3]; what is not finite becomes black, and reads as nothing."""
+    finite = clips.nan_to_num(-1.0, 1.0, -1.0).clamp(-1, 1)
+    frames: Frames = ((finite + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
     return frames
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from wan_runtime.pipelines import load_pipeline
 
-from .. import clips, drawing
-from . import parts, sheets, transformer, vae
+from .. import clips, drawing, whole, words
+from . import parts, scenes, sheets, transformer, vae
 
 HUE_SHARE = 0.9  # of what rendered clips give: below it, a transformer would learn the wrong colours
 
@@ -105,6 +105,7 @@ def judge_vae(plan: Run, device: torch.device) -> None:
         psnr, frames = vae.evaluate(trained, plan.looked_at)
         drawn, rendered = vae.hue(trained, plan.looked_at)
         sheets.vae_sheet(trained, plan.out / "vae.png", min(6, plan.looked_at))
+        readable(trained, plan.looked_at)
     parts.put(plan.out / "vae.png", plan.parts)
     print(f"vae, bf16 weights: {psnr:.2f} dB on {plan.looked_at} unseen clips", flush=True)
     print(f"vae, by frame: {[round(f, 1) for f in frames]}", flush=True)
@@ -114,6 +115,28 @@ def judge_vae(plan: Run, device: torch.device) -> None:
             f"The VAE draws {drawn:.3f} of unseen clips in the right hue; {HUE_SHARE} x {rendered:.3f} are wanted. "
             f"It is saved in {plan.state}: train it on with --resume."
         )
+
+
+@torch.no_grad()
+def readable(trained: AutoencoderKLWan, count: int) -> None:
+    """Prints how many unseen clips the checker reads right, rendered and as the VAE draws them.
+
+    No transformer can draw better than its VAE: the second row is the most that the pipeline can reach.
+    """
+    device = next(trained.parameters()).device
+    generator = torch.Generator(device).manual_seed(10_003)
+    wanted, pairs = [], []
+    for classes in scenes.sample(count, generator).split(8):
+        clip = scenes.render(classes, generator)
+        wanted += [drawing.Ask(words.prompt(words.named(row)), 0) for row in classes.tolist()]
+        pairs.append(
+            (drawing.pixels(clip), drawing.pixels(whole.decode(trained, whole.encode(trained, clip)[0])))
+        )
+    scores = []
+    for i, name in enumerate(("rendered", "vae")):
+        frames = [clip for pair in pairs for clip in pair[i]]
+        scores.append(clips.score(name, wanted, clips.Drawn(frames, 0.0), None))
+    Console(width=110).print(clips.table(scores))
 
 
 def train_transformer(plan: Run, device: torch.device) -> None:
