@@ -39,7 +39,7 @@ def patch(
     backend: str = "auto",
     attention: str = "auto",
     fuse: bool = True,
-    skip: tuple[str, ...] = (),
+    skip: str | tuple[str, ...] = (),
     dialect: str | None = None,
     reference: Path | str | None = None,
     activation: str = "dynamic",
@@ -54,7 +54,7 @@ def patch(
         backend: "auto", "torch" or "reference".
         attention: "auto" leaves the host's attention.
         fuse: use the fused block forward where there is one.
-        skip: patterns of module paths (either spelling, `*` as in a shell) that stay unquantised.
+        skip: pattern(s) of module paths (either spelling, `*` as in a shell) that stay unquantised.
         dialect: the file's producer, where its marks do not say.
         reference: the bf16 file the checkpoint was made from; settles a file that several dialects fit.
         activation: "dynamic" (one scale a token) or "static" (the file's input_scale).
@@ -64,7 +64,9 @@ def patch(
     it was.
     """
     _refuse_unserved(attention)
-    options = Options(weights, compute, backend, tuple(skip), activation)
+    options = Options(weights, compute, backend, _patterns(skip), activation)
+    if checkpoint is None and (dialect is not None or reference is not None):
+        raise InvalidOption("dialect and reference say how to read a checkpoint, and none was given.")
     before = patched_state(model)
     if before is not None:
         assert isinstance(before.report, Report)
@@ -102,7 +104,7 @@ def load(
     _refuse_unserved(patch_options.pop("attention", "auto"))
     fuse = patch_options.pop("fuse", True)
     named = {name: patch_options.pop(name, None) for name in ("dialect", "reference")}
-    options = Options(**{**patch_options, "skip": tuple(patch_options.get("skip", ()))})
+    options = Options(**{**patch_options, "skip": _patterns(patch_options.get("skip", ()))})
     builder = _builder(host)
     opened = open_checkpoint(checkpoint, **named)
     assert builder.build is not None
@@ -121,6 +123,10 @@ def unpatch(model: nn.Module) -> None:
 def inspect(path: Path | str, *, dialect: str | None = None) -> Inspection:
     """What a checkpoint file is, from its header and small markers alone: no weights are read, no device is touched."""
     return inspect_checkpoint(path, dialect)
+
+
+def _patterns(skip: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (skip,) if isinstance(skip, str) else tuple(skip)
 
 
 def _is_of(checkpoint: Path | str, report: Report) -> bool:

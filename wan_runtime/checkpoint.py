@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from wan_runtime.dialects import DIALECTS, Dialect, Layer, Reading, identify
 from wan_runtime.errors import AmbiguousDialect, BadTensor, CheckpointError
-from wan_runtime.formats import FORMATS, BadSlot
+from wan_runtime.formats import FORMATS, BadSlot, check_cast
 from wan_runtime.header import DTYPES, Header, read_header
 from wan_runtime.names import Spelling, Variant, naming_of, to_original, variant_of
 
@@ -72,6 +72,8 @@ def open_checkpoint(
     Raises CheckpointError and its subclasses; docs/formats.md says how each case is decided.
     """
     header = read_header(path)
+    if reference is not None and not Path(reference).exists():
+        raise CheckpointError(reference, "there is no such file to be the reference.")
     naming_of(header.path, header.entries)  # that it is a WAN transformer at all comes before who wrote it
     if reference is not None and dialect is None:
         dialect_record, evidence = _settle(header, Path(reference))
@@ -227,7 +229,11 @@ def _opened(path: Path) -> Any:
 
 
 def _plain_tensor(checkpoint: Checkpoint, key: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype.itemsize == 1:  # a norm or bias that a plain-cast file stored in fp8
+    if tensor.dtype.itemsize == 1:  # a norm or bias that was cast to fp8
+        try:
+            check_cast(tensor)
+        except ValueError as error:
+            raise BadTensor(checkpoint.path, key, str(error)) from error
         tensor = tensor.float()
     if not bool(torch.isfinite(tensor).all()):
         raise BadTensor(checkpoint.path, key, "it holds NaN or infinite values; the file is damaged.")

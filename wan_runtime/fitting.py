@@ -15,8 +15,15 @@ def refuse_nothing(
     decisions: list[Decision], options: Options, checkpoint: Checkpoint | None, host: str
 ) -> None:
     """Raise NothingToPatch unless some layer is quantised, or the user or a plain file asked for none."""
+    if any(d.action == "quantised" for d in decisions):
+        return
+    if (options.compute, options.backend) != ("auto", "auto"):
+        raise InvalidOption(
+            f"compute={options.compute!r} and backend={options.backend!r} say how quantised layers multiply, and no "
+            "layer would be quantised. Ask for weights='fp8', or leave both at 'auto'."
+        )
     plain_file = checkpoint is not None and not checkpoint.layers and options.weights == "auto"
-    if options.weights == "keep" or plain_file or any(d.action == "quantised" for d in decisions):
+    if options.weights == "keep" or plain_file:
         return
     reasons = sorted({d.reason for d in decisions if d.action == "linear"})
     kept = "; ".join(reasons) or "it has no Linear to quantise"

@@ -120,6 +120,8 @@ def _check(options: Options) -> None:
         value = getattr(options, name)
         if value not in values:
             raise InvalidOption(f"{name}={value!r} is not known; choose from {', '.join(values)}.")
+    if options.backend != "auto":
+        backend_named(options.backend)
 
 
 def _check_skip(options: Options, tree: Sequence[Node]) -> None:

@@ -107,7 +107,7 @@ def execute(
             quantised = _quantised(decision, module, slots, tensors.get("bias"), dtype, device_type, static)
             _set(model, decision.path, quantised)
         else:
-            _fill(module, tensors, decision, dtype)
+            _fill(module, tensors, decision)
             become(module, decision.action)
     model.register_buffer(COMPUTE_DTYPE, torch.empty(0, dtype=dtype), persistent=False)
     return before
@@ -158,15 +158,17 @@ def _like(parameter: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
     return new
 
 
-def _fill(
-    module: nn.Module, tensors: Mapping[str, torch.Tensor], decision: Decision, dtype: torch.dtype
-) -> None:
-    """Give a module's own parameters their staged values, or cast what they hold."""
+def _fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], decision: Decision) -> None:
+    """Give a module's own parameters their staged values, or cast up what they hold.
+
+    Without a file a Linear that stays unquantised keeps its weight's dtype: it is cast for each product, and nothing
+    is lost that `undo` would have to give back.
+    """
     for leaf, parameter in list(module._parameters.items()):
         if parameter is None:
             continue
-        held = dtype if decision.action == "linear" and leaf == "weight" else torch.float32
-        value = tensors[leaf] if tensors else parameter.detach().to(held)
+        own = decision.action == "linear" and leaf == "weight"
+        value = tensors[leaf] if tensors else parameter.detach().to(parameter.dtype if own else torch.float32)
         module._parameters[leaf] = _like(parameter, value)
 
 

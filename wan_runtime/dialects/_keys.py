@@ -74,9 +74,9 @@ def fp8_layer(header: Header, path: str, scale: str, input_scale: str, weight_fo
     key = f"{path}.weight"
     entry = header.entries[key]
     if f"{path}.{scale}" not in header.entries:
-        near = difflib.get_close_matches(
-            f"{path}.{scale}", [k for k in header.entries if k != key], n=1, cutoff=0.8
-        )
+        # Only the layer's own keys: the same key of the next layer is always near, and says nothing.
+        own = [k for k in header.entries if module(k) == path and k != key]
+        near = difflib.get_close_matches(f"{path}.{scale}", own, n=1, cutoff=0.8)
         raise BadTensor(
             header.path,
             key,
@@ -147,10 +147,13 @@ def _input_scale(header: Header, path: str, leaf_name: str) -> list[Source]:
     return [Source(key, "input_scale", scalar_slot)]
 
 
-def reading(header: Header, layers: Mapping[str, Layer], markers: tuple[str, ...] = ()) -> Reading:
+def reading(
+    header: Header, layers: Mapping[str, Layer], markers: tuple[str, ...] = (), *, fp8_rank: int = 1
+) -> Reading:
     """Account for every key. What is in no layer and no marker must be a floating-point tensor of its own.
 
-    A scale, or another tensor that may change what a weight means, may not be left over.
+    A scale, or another tensor that may change what a weight means, may not be left over. Tensors of up to `fp8_rank`
+    dimensions may be stored in fp8 without a scale: beside scaled layers only biases and norms, which nobody scales.
     """
     used = {source.key for layer in layers.values() for source in layer.sources} | set(markers)
     rest = [key for key in header.entries if key not in used]
@@ -161,6 +164,14 @@ def reading(header: Header, layers: Mapping[str, Layer], markers: tuple[str, ...
             unconsumed=stray,
             hint="Each may change what a weight means, and this dialect gives it no meaning: keys were renamed or "
             "lost, or another tool wrote the file. Nothing was loaded.",
+        )
+    bare = [k for k in rest if header.entries[k].dtype in FP8 and len(header.entries[k].shape) > fp8_rank]
+    if bare:
+        raise BadTensor(
+            header.path,
+            bare[0],
+            f"it is {header.entries[bare[0]].dtype} and has no scale, which this dialect gives every fp8 tensor of its "
+            "kind. Without its scale it is noise.",
         )
     odd = [key for key in rest if header.entries[key].dtype not in (*FLOAT, *FP8)]
     if odd:

@@ -18,7 +18,7 @@ def detect(header: Header) -> Evidence | None:
 
 
 def read(header: Header) -> Reading:
-    return _keys.reading(header, {})
+    return _keys.reading(header, {}, fp8_rank=0)
 
 
 def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 import torch
 
 from wan_runtime.dialects import Dialect, Evidence, Layer, Marks, Reading, Source, _keys
+from wan_runtime.formats import check_cast
 from wan_runtime.header import Header
 
-# Scaling by amax puts the largest code at 448 (e5m2: or 57344), and weights themselves stay below about 20. These are
-# the magnitudes from 240 (e5m2: 256) to the largest finite one.
-SCALED = {torch.float8_e4m3fn: (0x77, 0x7E), torch.float8_e5m2: (0x5C, 0x7B)}
+ANY_RANK = 8  # everything in the file was cast, whatever its shape
 
 
 def detect(header: Header) -> Evidence | None:
@@ -28,16 +27,8 @@ def detect(header: Header) -> Evidence | None:
 
 def _cast_codes(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
     """The codes, unless they fill fp8's range as only scaled ones do: then the scales were lost on the way."""
-    codes = _keys.code_slot(tensor, out, inp)
-    first, last = SCALED[tensor.dtype]
-    magnitudes = codes & 0x7F
-    many = int(((magnitudes >= first) & (magnitudes <= last)).sum())
-    if many:
-        raise ValueError(
-            f"{many} of its values are 240 or more, and no weight is that large: the codes were scaled and the file "
-            "has lost their scales. Download the original again."
-        )
-    return codes
+    check_cast(tensor)
+    return _keys.code_slot(tensor, out, inp)
 
 
 def _ones(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
@@ -52,7 +43,7 @@ def read(header: Header) -> Reading:
             sources = (Source(key, "payload", _cast_codes), Source(key, "scale", _ones))
             path = _keys.module(key)
             layers[path] = Layer(path, _keys.FP8[entry.dtype], (entry.shape[0], entry.shape[1]), sources)
-    return _keys.reading(header, layers)
+    return _keys.reading(header, layers, fp8_rank=ANY_RANK)
 
 
 def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

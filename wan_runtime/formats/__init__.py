@@ -64,3 +64,20 @@ def check_zero_scale(slots: Slots, slot: str, codes_nonzero: torch.Tensor) -> No
     """Refuse a zero scale beside non-zero codes: the weights it hides are lost. Both broadcast together."""
     if bool(((slots[slot] == 0) & codes_nonzero).any()):
         raise BadSlot(slot, "the scale is zero beside non-zero codes; the weights would vanish.")
+
+
+# Scaling by amax puts the largest code at 448 (e5m2: or 57344), and the tensors of a WAN model stay below about 20.
+# These are the magnitudes from 240 (e5m2: 256) to the largest finite one.
+_SCALED_CODES = {torch.float8_e4m3fn: (0x77, 0x7E), torch.float8_e5m2: (0x5C, 0x7B)}
+
+
+def check_cast(tensor: torch.Tensor) -> None:
+    """Raise ValueError when an fp8 tensor without a scale fills fp8's range as only scaled codes do."""
+    first, last = _SCALED_CODES[tensor.dtype]
+    magnitudes = tensor.view(torch.uint8) & 0x7F
+    many = int(((magnitudes >= first) & (magnitudes <= last)).sum())
+    if many:
+        raise ValueError(
+            f"{many} of its values are 240 or more, and no weight is that large: the codes were scaled and the file "
+            "has lost their scales. Download the original again."
+        )
