@@ -94,8 +94,8 @@ def test_every_entry_of_the_library_loads_under_its_own_name(package: str) -> No
     import importlib
 
     module = importlib.import_module(f"wan_runtime.{package}")
-    [catalogue] = [value for value in vars(module).values() if isinstance(value, Catalogue)]
-    assert catalogue.package == f"wan_runtime.{package}"
+    own = f"wan_runtime.{package}"
+    [catalogue] = [v for v in vars(module).values() if isinstance(v, Catalogue) and v.package == own]
     assert len(catalogue) > 0
     assert all(isinstance(record, catalogue.kind) for record in catalogue.values())
 
