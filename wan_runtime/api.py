@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wan_runtime.backends import device_named
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint, stream
 from wan_runtime.errors import BackendUnavailable, InvalidOption
 from wan_runtime.fitting import check_fit, notes, refuse_damaged, refuse_nothing, require_input_scales
@@ -100,7 +101,7 @@ def load(
 
     Returns the patched model in eval mode. Raises as `patch` does.
     """
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = device_named(device)
     _refuse_unserved(patch_options.pop("attention", "auto"))
     fuse = patch_options.pop("fuse", True)
     named = {name: patch_options.pop(name, None) for name in ("dialect", "reference")}
