@@ -113,6 +113,110 @@ def test_two_experts_and_one_file_is_an_error(arm: Arm, saved: Path, tmp_path: P
         arm(checkpoint_low=path)
 
 
+Experts = tuple[Path, Path]
+
+
+@pytest.fixture
+def experts(tmp_path: Path) -> Experts:
+    """A file for each expert, to be given as checkpoint and checkpoint_low."""
+    return checkpoint(tmp_path / "high.safetensors", seed=3), checkpoint(tmp_path / "low.safetensors", seed=4)
+
+
+def from_file(path: Path, **options: Any) -> Any:
+    return WanTransformer3DModel.from_single_file(str(path), **options)
+
+
+def build() -> Any:
+    """A model that the script fills itself and that is patched by its first call."""
+    model = transformer()
+    run(model, torch.bfloat16)
+    return model
+
+
+def taken(armed: Armed) -> list[str]:
+    return [Path(str(report.checkpoint)).stem for report in armed.reports]
+
+
+@pytest.mark.parametrize("first", ["folder", "file", "built"])
+@pytest.mark.parametrize("second", ["folder", "file", "built"])
+def test_a_second_source_never_gets_the_first_ones_file(
+    arm: Arm, saved: Path, tmp_path: Path, experts: Experts, first: str, second: str
+) -> None:
+    """Names that tell nothing, through every pair of doors: one file is refused, two are one each, in order."""
+    other = tmp_path / "wan-b"
+    other.mkdir()
+    (other / "config.json").write_text((saved / "transformer" / "config.json").read_text())
+    doors: list[dict[str, Callable[[], Any]]] = [
+        {"folder": lambda: from_pretrained(saved), "file": lambda: from_file(tmp_path / "a.safetensors")},
+        {"folder": lambda: from_pretrained(other, ""), "file": lambda: from_file(tmp_path / "b.safetensors")},
+    ]
+    armed = arm(checkpoint=experts[0], weights="fp8")
+    doors[0].get(first, build)()
+    with pytest.raises(InvalidOption, match=r"in place of .*--checkpoint-low"):
+        doors[1].get(second, build)()
+    assert taken(armed) == ["high"]
+    armed = arm(checkpoint=experts[0], checkpoint_low=experts[1], weights="fp8")
+    doors[0].get(first, build)(), doors[1].get(second, build)()
+    assert taken(armed) == ["high", "low"]
+    with pytest.raises(InvalidOption, match=r"low\.safetensors is in place of .* already"):
+        build()
+
+
+def test_a_source_loaded_again_is_the_same_expert(
+    arm: Arm, saved: Path, tmp_path: Path, experts: Experts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    armed = arm(checkpoint=experts[0], weights="fp8")
+    from_pretrained(saved), from_pretrained(saved / "transformer", "")
+    monkeypatch.chdir(saved)
+    from_pretrained(Path("transformer"), "")
+    assert taken(armed) == ["high"] * 3
+    armed = arm(checkpoint=experts[0], checkpoint_low=experts[1], weights="fp8")
+    for name in ("a", "b", "a", "b"):
+        from_file(tmp_path / f"{name}.safetensors")
+    assert taken(armed) == ["high", "low", "high", "low"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "options"),
+    [
+        ("wan2.2_t2v_low_noise_14B.safetensors", "wan2.2_t2v_high_noise_14B.safetensors", {}),
+        ("Wan2.2-LowNoise.safetensors", "other.safetensors", {}),
+        ("low_noise_model/model.safetensors", "high_noise_model/model.safetensors", {}),
+        ("a.safetensors", "b.safetensors", {"subfolder": "transformer_2"}),
+    ],
+)
+def test_a_file_that_names_its_expert_is_believed_before_the_order(
+    arm: Arm, tmp_path: Path, experts: Experts, first: str, second: str, options: dict[str, str]
+) -> None:
+    armed = arm(checkpoint=experts[0], checkpoint_low=experts[1], weights="fp8")
+    from_file(tmp_path / first, **options), from_file(tmp_path / second)
+    assert taken(armed) == ["low", "high"]
+
+
+def test_one_file_serves_a_script_that_loads_the_low_noise_expert_alone(
+    arm: Arm, tmp_path: Path, experts: Experts
+) -> None:
+    armed = arm(checkpoint=experts[1], weights="fp8")
+    from_file(tmp_path / "wan2.2_low_noise.safetensors")
+    assert taken(armed) == ["low"]
+    with pytest.raises(InvalidOption, match="--checkpoint-low"):
+        from_file(tmp_path / "wan2.2_high_noise.safetensors")
+
+
+def test_a_load_that_failed_took_no_expert(arm: Arm, saved: Path, tmp_path: Path, experts: Experts) -> None:
+    armed = arm(checkpoint=experts[0], checkpoint_low=experts[1], weights="fp8")
+    with pytest.raises(OSError, match="missing"):
+        from_pretrained(tmp_path / "missing", "")
+    from_pretrained(saved)
+    assert taken(armed) == ["high"]
+
+
+def test_without_checkpoints_any_number_of_models_keep_their_own_weights(arm: Arm, saved: Path) -> None:
+    armed = arm(weights="fp8")
+    from_pretrained(saved), from_pretrained(saved, "transformer_2"), build(), build()
+    assert len(armed.reports) == 4
+
+
 def test_a_file_that_cannot_be_read_is_refused_at_once(arm: Arm, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         arm(checkpoint=tmp_path / "missing.safetensors")
@@ -289,6 +393,21 @@ def test_a_scripts_own_error_is_its_own(tmp_path: Path) -> None:
         run_script(write(tmp_path, "1 / 0"))
     with pytest.raises(SystemExit):
         run_script(write(tmp_path, "raise SystemExit(3)"))
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("code", ["", "0", "None"])
+def test_a_script_that_exits_well_is_checked_too(saved: Path, tmp_path: Path, code: str) -> None:
+    with pytest.raises(NothingToPatch, match="ended without loading a WAN model"):
+        run_script(write(tmp_path, f"import sys\nsys.exit({code})"))
+    script = write(tmp_path, f"{SCRIPT}\nsys.exit({code})")
+    high, low = (checkpoint(tmp_path / f"{name}.safetensors") for name in ("high", "low"))
+    options = {"checkpoint": high, "checkpoint_low": low, "weights": "fp8"}
+    with pytest.raises(InvalidOption, match=r"loaded no model for .*low\.safetensors"):
+        run_script(script, [str(saved / "transformer")], options)
+    with pytest.raises(SystemExit) as ended:
+        run_script(script, [str(saved / "transformer")], {"weights": "fp8"})
+    assert ended.value.code in (None, 0)
 
 
 def test_reports_are_announced(saved: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.hosts.diffusers import transformer
+from tests.hosts.diffusers import checkpoint, transformer
 
 
 def python(root: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -37,6 +37,29 @@ def test_importing_it_patches_what_is_loaded_later(root: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [True, "torch.bfloat16", ["fp8"], "torch.float32", 1]
     assert "wan_diffusers on" in done.stderr
+
+
+TWO = """
+import sys
+from diffusers import WanTransformer3DModel
+for path in sys.argv[1:]:
+    WanTransformer3DModel.from_single_file(path)
+sys.exit(0)
+"""
+
+
+def test_run_fails_where_a_script_says_that_all_went_well(root: Path, tmp_path: Path) -> None:
+    """Nothing patched, and one file for two experts: both would otherwise be a wrong clip with exit status 0."""
+    (tmp_path / "two.py").write_text(TWO)
+    cli = ("-m", "wan_runtime.cli", "run")
+    done = python(root, *cli, "--", tmp_path / "two.py")
+    assert done.returncode != 0 and "ended without loading a WAN model" in done.stderr
+    high = checkpoint(tmp_path / "high.safetensors")
+    script = (tmp_path / "two.py", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    done = python(root, *cli, "--checkpoint", high, "--weights", "fp8", "--", *script)
+    assert done.returncode != 0 and "--checkpoint-low" in done.stderr
+    done = python(root, *cli, "--checkpoint", high, "--weights", "fp8", "--", *script[:2])
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_example_knows_nothing_of_the_library(root: Path) -> None:

@@ -9,6 +9,8 @@ when it is first called, before any hook of its own runs.
 from __future__ import annotations
 
 import inspect
+import os
+import re
 import runpy
 import sys
 import warnings
@@ -34,6 +36,7 @@ LOW_NOISE = (
     "transformer_2",
     "low_noise_model",
 )  # where diffusers and the original release keep the second expert
+NOISE = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)  # how published files of one expert are named
 CONFIG_OPTIONS = (
     "subfolder",
     "cache_dir",
@@ -65,6 +68,7 @@ class Armed:
     announce: Callable[[Report], None]
     reports: list[Report] = field(default_factory=list)
     _used: set[Path] = field(default_factory=set)
+    _sources: dict[bool, str] = field(default_factory=dict)  # low-noise or not: what the script took it from
     _replaced: list[tuple[type, str, object]] = field(default_factory=list)
 
     def undo(self) -> None:
@@ -82,13 +86,15 @@ class Armed:
         high, low = self.checkpoints
         if low_noise and high is not None and low is None:
             raise InvalidOption(
-                f"the script loads two experts and one checkpoint was given ({high}). Give the low-noise expert's file "
-                "as checkpoint_low (--checkpoint-low)."
+                f"the script loads two experts and one checkpoint was given ({high}"
+                + (f", used in place of {self._sources[False]}" if self._sources else "")
+                + "). Give the low-noise expert's file as checkpoint_low (--checkpoint-low)."
             )
         return low if low_noise else high
 
-    def note(self, report: Report, checkpoint: Path | None) -> None:
+    def note(self, report: Report, checkpoint: Path | None, source: str, low_noise: bool) -> None:
         self.reports.append(report)
+        self._sources.setdefault(low_noise, source)  # only now: a load that failed took no expert
         if checkpoint is not None:
             self._used.add(checkpoint)
         self.announce(report)
@@ -138,17 +144,28 @@ def run_script(
     """Run a Python script as `python script args` would, with every WAN model patched as it is loaded.
 
     Raises NothingToPatch when the script ends without one, InvalidOption when a checkpoint was never loaded, and
-    whatever the script raises.
+    whatever the script raises. A script that calls sys.exit() to say that all went well is held to the same.
     """
     armed = install(options)
     argv, path = sys.argv, sys.path[:]
     sys.argv = [str(script), *args]
     sys.path.insert(0, str(Path(script).resolve().parent))
+    ended: SystemExit | None = None
     try:
         runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as exit_:
+        if exit_.code not in (None, 0):
+            raise
+        ended = exit_
     finally:
         sys.argv, sys.path[:] = argv, path
         armed.undo()
+    _check_patched(armed, script)
+    if ended is not None:
+        raise ended
+
+
+def _check_patched(armed: Armed, script: Path | str) -> None:
     if not armed.reports:
         known = ", ".join(name for host in HOSTS for name in HOSTS[host].classes)
         raise NothingToPatch(
@@ -243,21 +260,64 @@ def _patching_load(own: Callable[..., Any], armed: Armed) -> Callable[..., Any]:
     return load_state_dict
 
 
+def expert_of(armed: Armed, source: str, *names: str) -> bool:
+    """Whether what the script takes from `source` is the low-noise expert; every door asks here.
+
+    A source keeps the expert it was the first time. Else the first of `names` that tells decides; else the first source
+    is the high-noise expert, which hosts load and sample with first, and another source is the low-noise one. Raises
+    InvalidOption when that expert came from another source: one of the two would get weights that are not its own.
+    """
+    high, low = armed.checkpoints
+    if high is None:
+        return False  # each model keeps its own weights
+    for low_noise, taken in armed._sources.items():
+        if taken == source:
+            return low_noise
+    low_noise = False in armed._sources
+    for name in names:
+        match = (
+            NOISE.search(name) if low is not None else None
+        )  # one file may be for a low-noise expert alone
+        if name in LOW_NOISE or match:
+            low_noise = name in LOW_NOISE or (match is not None and match[1].lower() == "low")
+            break
+    if low_noise in armed._sources:
+        raise InvalidOption(
+            f"the script loads {source} after {' and '.join(armed._sources.values())}, and "
+            f"{armed.checkpoint_for(low_noise)} is in place of {armed._sources[low_noise]} already. checkpoint and "
+            "checkpoint_low are one high-noise and one low-noise expert: run the script with one model at a time."
+        )
+    return low_noise
+
+
+def _source(path: Any, subfolder: Any = None) -> tuple[str, str]:
+    """What a path is known by, however it is written, and its last name as the script wrote it."""
+    whole = Path(str(path), str(subfolder or ""))
+    return str(whole.resolve()) if whole.exists() else str(whole), whole.name
+
+
+def _nameless(armed: Armed) -> str:
+    """A source of its own for a model that came from no path."""
+    return f"model {len(armed.reports) + 1} (which it fills itself)"
+
+
 def _patch_next(model: nn.Module, armed: Armed) -> None:
-    """Patch a model whose expert no name tells: hosts load and sample with the high-noise one first."""
-    checkpoint = armed.checkpoint_for(low_noise=bool(armed.reports))
-    armed.note(patch(model, checkpoint, **armed.options), checkpoint)
+    source = _nameless(armed)
+    low_noise = expert_of(armed, source)
+    checkpoint = armed.checkpoint_for(low_noise)
+    armed.note(patch(model, checkpoint, **armed.options), checkpoint, source, low_noise)
 
 
 def _patching_from_pretrained(own: Any, armed: Armed) -> Callable[..., Any]:
     def from_pretrained(cls: type[nn.Module], path: Any, *args: Any, **kwargs: Any) -> Any:
-        folder = kwargs.get("subfolder") or Path(str(path)).name
-        checkpoint = armed.checkpoint_for(low_noise=folder in LOW_NOISE)
+        source, name = _source(path, kwargs.get("subfolder"))
+        low_noise = expert_of(armed, source, name)
+        checkpoint = armed.checkpoint_for(low_noise)
         if checkpoint is not None and hasattr(cls, "load_config"):
             model = _empty(cls, path, kwargs)
         else:
             model = own.__get__(None, cls)(path, *args, **kwargs)
-        armed.note(patch(model, checkpoint, **armed.options), checkpoint)
+        armed.note(patch(model, checkpoint, **armed.options), checkpoint, source, low_noise)
         return model
 
     return from_pretrained
@@ -280,7 +340,11 @@ def _from_single_file(host: Host, armed: Armed) -> Callable[..., Any]:
     """In place of a loader that drops the scales it does not know: the file through `wan_runtime.load`."""
 
     def from_single_file(cls: type[nn.Module], path: Any, *args: Any, **kwargs: Any) -> Any:
-        low_noise = bool(armed.reports) and armed.checkpoints[1] is not None
+        source, names = _nameless(armed), [str(kwargs.get("subfolder"))]  # a state dict has no path
+        if isinstance(path, (str, os.PathLike)):
+            source, name = _source(path)
+            names = [name, *names, Path(path).parent.name]
+        low_noise = expert_of(armed, source, *names)
         checkpoint = armed.checkpoint_for(low_noise) or Path(str(path))
         if not checkpoint.is_file():
             raise InvalidOption(
@@ -291,7 +355,7 @@ def _from_single_file(host: Host, armed: Armed) -> Callable[..., Any]:
         model = load(checkpoint, host=host.names.name, device="cpu", dtype=dtype, **armed.options)
         state = patched_state(model)
         assert state is not None and isinstance(state.report, Report)
-        armed.note(state.report, checkpoint)
+        armed.note(state.report, checkpoint, source, low_noise)
         return model
 
     return from_single_file
