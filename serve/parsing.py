@@ -11,7 +11,8 @@ import re
 from typing import Any
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
@@ -49,6 +50,13 @@ class CreateVideo(BaseModel):
     width: int | None = Field(None, description="With `height`, instead of `size`.")
     height: int | None = Field(None, description="With `width`, instead of `size`.")
     flow_shift: float | None = Field(None, description="Of the scheduler, for this clip.")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: object) -> object:
+        if isinstance(value, bool):  # pydantic reads true as the number 1
+            raise PydanticCustomError("boolean", "no field takes true or false")
+        return value
 
 
 async def read_create(request: Request) -> CreateVideo:
@@ -173,7 +181,7 @@ def _size(asked: CreateVideo) -> tuple[int | None, int | None]:
         message = f"size is {asked.size[:80]!r}; it must be WIDTHxHEIGHT, such as 832x480."
         raise ApiError(422, "invalid_size", message, param="size")
     width, height = int(match[1]), int(match[2])
-    if (asked.width or width, asked.height or height) != (width, height):
+    if asked.width not in (None, width) or asked.height not in (None, height):
         message = (
             f"size {asked.size} and width {asked.width}, height {asked.height} disagree. Give one of the two."
         )

@@ -205,6 +205,12 @@ def test_bench_times_every_multiplier_that_serves_against_bf16() -> None:
         (("generate", "--prompt", "a cat", "--size", "big"), 2, "WIDTHxHEIGHT"),
         (("generate", "--prompt", "a cat", "--dtype", "int8"), 2, "choose from bfloat16"),
         (("generate", "--prompt", "a cat", "--checkpoint", "none.safetensors"), 1, "there is no such file"),
+        (
+            ("generate", "--prompt", "a cat", "--checkpoint", "none.safetensors", "--device", "foo"),
+            2,
+            "device 'foo' cannot be used",
+        ),
+        (("convert", "FP8", "new.safetensors", "--to", "bf16", "--device", "foo"), 2, "device 'foo' cannot"),
     ],
 )
 def test_failures_are_one_sentence(fp8: Path, arguments: tuple[str, ...], status: int, said: str) -> None:
@@ -212,6 +218,23 @@ def test_failures_are_one_sentence(fp8: Path, arguments: tuple[str, ...], status
     assert (got, out) == (status, "")
     assert error.startswith("wan-runtime: ")
     assert said in error
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--steps", "0", "1 to 200"),
+        ("--frames", "18", "17 or 21"),
+        ("--size", "0x64", "at least 1"),
+        ("--seed", "-1", "seed is -1"),
+    ],
+)
+def test_what_no_model_can_make_is_refused_before_one_is_read(option: str, value: str, said: str) -> None:
+    arguments = ("generate", "--prompt", "a cat", "--checkpoint", "none.safetensors", option, value)
+    status, _, error = quick(*arguments)  # reading the model would fail too, and say that it is not there
+    assert status == 2
+    assert said in error and "none.safetensors" not in error
+    assert quick("generate", "--prompt", " ", "--checkpoint", "none.safetensors")[0] == 2
 
 
 @pytest.mark.parametrize("arguments", [("convert", "a"), ("nonsense",), ("inspect", "--nonsense")])

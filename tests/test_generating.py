@@ -15,6 +15,7 @@ from wan_runtime.generating import (
     ClipProfile,
     ClipRequest,
     Pipeline,
+    check_given,
     check_request,
     clip_profile,
     frames_for,
@@ -56,7 +57,9 @@ def test_what_is_given_wins_and_none_is_not_given() -> None:
 def test_the_second_expert_follows_the_first_unless_it_has_its_own() -> None:
     two = replace(PROFILE, two_experts=True, guidance_scale=4.0, guidance_scale_2=3.0)
     assert two.request(PROMPT).guidance_scale_2 == 3.0
+    assert two.request(PROMPT, guidance_scale=None, guidance_scale_2=None).guidance_scale_2 == 3.0
     assert two.request(PROMPT, guidance_scale=6.0).guidance_scale_2 == 6.0
+    assert two.request(PROMPT, guidance_scale=6.0, guidance_scale_2=None).guidance_scale_2 == 6.0
     assert two.request(PROMPT, guidance_scale=6.0, guidance_scale_2=2.0).guidance_scale_2 == 2.0
 
 
@@ -87,6 +90,27 @@ def test_a_bad_value_is_refused_with_its_field_and_the_way_out(
         PROFILE.request(PROMPT, **given)
     assert (refused.value.param, refused.value.code) == (param, code)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_frames": 18, "seed": None}, "num_frames"),
+        ({"width": 64, "height": 0}, "height"),
+        ({"guidance_scale_2": float("inf")}, "guidance_scale_2"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_what_no_pipeline_accepts_is_refused_without_one(given: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        check_given(PROMPT, **given)
+    assert refused.value.param == param
+
+
+def test_what_some_pipeline_may_accept_is_left_to_it() -> None:
+    check_given(PROMPT, **{field.name: None for field in fields(ClipRequest) if field.name != "prompt"})
+    check_given(PROMPT, width=100, height=7, num_frames=4001, guidance_scale_2=3.0, fps=60, seed=2**63 - 1)
 
 
 @pytest.mark.parametrize("prompt", ["", " \n", "x" * 4097, "half \ud83d"])

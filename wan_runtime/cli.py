@@ -202,6 +202,8 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Make one clip and write it as an MP4."""
+    from wan_runtime.generating import check_given
+
     patch_options = {
         "dialect": dialect, "reference": reference, "weights": weights, "compute": compute, "backend": backend,
         "attention": attention, "fuse": fuse, "activation": activation, "skip": tuple(skip or ()),
@@ -216,6 +218,7 @@ def generate(
         "device": device, "dtype": _dtype(dtype), **patch_options,
     }  # fmt: skip
     _check_output(output)
+    check_given(prompt, **request)
     _generate(prompt, output, checkpoint, parts, request, as_json)
 
 

@@ -99,7 +99,8 @@ class ClipProfile:
         values = {name: getattr(self, name) for name in known if hasattr(self, name)}
         values["seed"] = secrets.randbelow(2**31)  # 31 bits: every client can hold it
         values.update({name: value for name, value in given.items() if value is not None})
-        if self.two_experts and "guidance_scale" in given and given.get("guidance_scale_2") is None:
+        asked, second = given.get("guidance_scale"), given.get("guidance_scale_2")
+        if self.two_experts and asked is not None and second is None:
             values["guidance_scale_2"] = values["guidance_scale"]
         request = ClipRequest(prompt=prompt, **values)
         check_request(request, self)
@@ -117,6 +118,19 @@ class Clip:
     def seed(self) -> int:
         """The seed that made the frames."""
         return self.request.seed
+
+
+def check_given(prompt: str, **given: Any) -> None:
+    """Raises InvalidRequest for values that no pipeline accepts, so that none need be loaded to refuse them.
+
+    `given` holds fields of ClipRequest, None where the pipeline's default is to be used.
+    """
+    harmless: dict[str, Any] = {
+        "width": 1, "height": 1, "num_frames": 1, "fps": 1, "num_inference_steps": 1, "guidance_scale": 1.0, "seed": 0,
+    }  # fmt: skip
+    ClipRequest(
+        prompt=prompt, **harmless | {name: value for name, value in given.items() if value is not None}
+    )
 
 
 def check_request(request: ClipRequest, profile: ClipProfile) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Annotated, Literal
 
 import anyio
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
@@ -21,6 +21,7 @@ from . import Endpoint
 from .models import unknown_model
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
+LIST_QUERY = ("after", "limit", "order")
 NO_RETRY = {"x-should-retry": "false"}
 BODY = {
     "requestBody": {
@@ -138,7 +139,15 @@ async def create_video(request: Request, response: Response, served: Served) -> 
     return _video(job, served)
 
 
-@router.get("", response_model=VideoList)
+async def _known_query(request: Request) -> None:
+    """Someone who writes `per_page=5` must not get a page of 20."""
+    for name in request.query_params:
+        if name not in LIST_QUERY:
+            message = f"{name[:80]!r} is not known. Known: {', '.join(LIST_QUERY)}."
+            raise ApiError(400, "unknown_parameter", message, param=name[:80])
+
+
+@router.get("", response_model=VideoList, dependencies=[Depends(_known_query)])
 def list_videos(
     served: Served,
     after: str | None = None,

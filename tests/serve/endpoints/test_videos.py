@@ -274,6 +274,14 @@ def test_an_unknown_cursor_and_a_bad_limit_are_refused(client: openai.OpenAI) ->
     assert (refused.value.code, refused.value.param) == ("invalid_limit", "limit")
 
 
+@pytest.mark.parametrize("name", ["per_page", "Limit", "x" * 200])
+def test_an_unknown_parameter_of_the_list_is_refused_not_dropped(client: openai.OpenAI, name: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.videos.list(limit=1, extra_query={name: "5"})
+    assert (refused.value.code, refused.value.param) == ("unknown_parameter", name[:80])
+    assert "after, limit, order" in refused.value.message
+
+
 def test_the_async_client_does_it_all(server: Server) -> None:
     async def everything() -> tuple[str, int, list[str], bool]:
         async with server.aclient() as client:
