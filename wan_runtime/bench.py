@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 
-from wan_runtime.backends import BACKENDS
+from wan_runtime.backends import BACKENDS, device_named
 from wan_runtime.errors import InvalidOption
 from wan_runtime.formats import FORMATS
 from wan_runtime.linear import QuantLinear
@@ -95,11 +95,7 @@ class Benchmark:
 
 def default_sizes(device: str | None = None) -> Sizes:
     """Wan 14B at 81 frames of 832x480 on a GPU, something small on a CPU."""
-    return GPU_SIZES if _device(device).type == "cuda" else CPU_SIZES
-
-
-def _device(named: str | None) -> torch.device:
-    return torch.device(named or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return GPU_SIZES if device_named(device).type == "cuda" else CPU_SIZES
 
 
 def measure(sizes: Sizes | None = None, *, device: str | None = None, rounds: int = 20) -> Benchmark:
@@ -107,7 +103,7 @@ def measure(sizes: Sizes | None = None, *, device: str | None = None, rounds: in
 
     `sizes` is `default_sizes` where it is None. Raises InvalidOption for sizes or rounds below 1.
     """
-    where = _device(device)
+    where = device_named(device)
     sizes = sizes or default_sizes(device)
     if min(sizes.dim, sizes.ffn, sizes.tokens, rounds) < 1:
         raise InvalidOption(f"sizes and rounds must be at least 1; they are {sizes} and {rounds}.")
