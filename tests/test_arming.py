@@ -18,8 +18,9 @@ import wan_runtime
 from tests.builders import files
 from tests.builders.wan import block_linears, state
 from tests.hosts.diffusers import checkpoint, error, run, transformer
-from wan_runtime.arming import Armed, install, run_script
+from wan_runtime.arming import install, run_script
 from wan_runtime.errors import AmbiguousDialect, CheckpointError, InvalidOption, NothingToPatch
+from wan_runtime.experts import Armed
 from wan_runtime.report import Report
 from wan_runtime.swap import patched_state
 

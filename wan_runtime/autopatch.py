@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from wan_runtime.arming import Armed, install, run_script
+from wan_runtime.arming import install, run_script
+from wan_runtime.experts import Armed
 
 armed = install()
 
