@@ -431,9 +431,11 @@ def test_a_stopped_conversion_leaves_the_older_file_as_it_was(
         "--to",
         "comfy-nvfp4",
     ]
+    # A shell's background job ignores SIGINT, and so would what it starts, this test and its command included.
     process = subprocess.Popen(
-        command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     until = time.monotonic() + 120
     while not left_behind(tmp_path) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
