@@ -33,19 +33,11 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Before:
-    """What a parameter was before the patch."""
-
-    dtype: torch.dtype
-    requires_grad: bool
-
-
-@dataclass(frozen=True)
 class Patched:
-    """What `undo` needs: the decisions, and what the host's parameters were, by name."""
+    """What `undo` needs: the decisions, and the dtypes that the host's parameters had, by name."""
 
     decisions: tuple[Decision, ...]
-    before: Mapping[str, Before]
+    before: Mapping[str, torch.dtype]
     report: object
 
 
@@ -93,12 +85,12 @@ def execute(
     device_type: str,
     *,
     static: bool = False,
-) -> Mapping[str, Before]:
+) -> Mapping[str, torch.dtype]:
     """Make the model what the plan says; returns what its parameters were, by name, for `undo`.
 
     Without a stage the weights come from the model itself, one layer at a time.
     """
-    before = {name: Before(p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    before = {name: p.dtype for name, p in model.named_parameters()}
     for decision in decisions:
         module = model.get_submodule(decision.path)
         tensors = staged.tensors.get(bare(decision.path), {}) if staged else {}
@@ -199,7 +191,7 @@ def undo(model: nn.Module) -> None:
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{decision.path}.{leaf}" if decision.path else leaf
-                parameter.data = parameter.data.to(patched.before[name].dtype)
+                parameter.data = parameter.data.to(patched.before[name])
     del model._buffers[COMPUTE_DTYPE]
     model._non_persistent_buffers_set.discard(COMPUTE_DTYPE)
     delattr(model, STATE)
@@ -213,14 +205,14 @@ def _located(model: nn.Module, path: str) -> str:
     return path
 
 
-def _refilled(module: QuantLinear, path: str, before: Mapping[str, Before]) -> nn.Module:
+def _refilled(module: QuantLinear, path: str, before: Mapping[str, torch.dtype]) -> nn.Module:
     """The module that a QuantLinear replaced, with the dequantised weight and the bias in it."""
     replaced: nn.Module = module.__dict__["replaces"]
     weight = FORMATS[module.format].dequantize(module.slots)
     for leaf, value in (("weight", weight), ("bias", module.bias)):
         parameter = replaced._parameters[leaf]
         if parameter is not None and value is not None:
-            held = value.detach().to(before[f"{path}.{leaf}"].dtype)
+            held = value.detach().to(before[f"{path}.{leaf}"])
             replaced._parameters[leaf] = _like(parameter, held)
     return replaced.train(module.training)
 

@@ -184,6 +184,20 @@ def reading(
     return Reading(dict(layers), tuple(rest), markers)
 
 
+def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Canonical slots under the leaves that Comfy and Model Optimizer share; NVFP4 in the canonical layout."""
+    encoded = {"weight": slots["payload"]}
+    if weight_format == "nvfp4":
+        encoded["weight_scale"] = slots["block_scale"].view(torch.float8_e4m3fn)
+        encoded["weight_scale_2"] = slots["scale"].reshape(())
+    else:
+        encoded["weight"] = slots["payload"].view(CODES[weight_format])
+        encoded["weight_scale"] = slots["scale"].reshape(())
+    if "input_scale" in slots:
+        encoded["input_scale"] = slots["input_scale"].reshape(())
+    return encoded
+
+
 def _belongs(key: str, layers: Mapping[str, Layer]) -> bool:
     """Whether a key lies in a quantised layer and is not its bias."""
     parts = key.split(".")

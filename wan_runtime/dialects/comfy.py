@@ -209,17 +209,11 @@ def _unswizzle(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
 
 def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     record = json.dumps({"format": NAMES[weight_format]}).encode()
-    encoded = {"comfy_quant": torch.tensor(list(record), dtype=torch.uint8)}
+    encoded = _keys.encode(weight_format, slots)
     if weight_format == "nvfp4":
         encoded["weight"] = _swap_nibbles(slots["payload"], 0, 0)
         encoded["weight_scale"] = _swizzle.swizzle(slots["block_scale"]).view(torch.float8_e4m3fn)
-        encoded["weight_scale_2"] = slots["scale"].reshape(())
-    else:
-        encoded["weight"] = slots["payload"].view(_keys.CODES[weight_format])
-        encoded["weight_scale"] = slots["scale"].reshape(())
-    if "input_scale" in slots:
-        encoded["input_scale"] = slots["input_scale"].reshape(())
-    return encoded
+    return {"comfy_quant": torch.tensor(list(record), dtype=torch.uint8), **encoded}
 
 
 def marks(layers: Mapping[str, str]) -> Marks:

@@ -68,23 +68,6 @@ def _plain_block_scale(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor
     return tensor.view(torch.uint8)
 
 
-def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if weight_format == "nvfp4":
-        encoded = {
-            "weight": slots["payload"],
-            "weight_scale": slots["block_scale"].view(torch.float8_e4m3fn),
-            "weight_scale_2": slots["scale"].reshape(()),
-        }
-    else:
-        encoded = {
-            "weight": slots["payload"].view(_keys.CODES[weight_format]),
-            "weight_scale": slots["scale"].reshape(()),
-        }
-    if "input_scale" in slots:
-        encoded["input_scale"] = slots["input_scale"].reshape(())
-    return encoded
-
-
 def marks(layers: Mapping[str, str]) -> Marks:
     return Marks(layout={"nibble": "even low", "block scales": "plain"} if "nvfp4" in layers.values() else {})
 
@@ -96,6 +79,6 @@ DIALECT = Dialect(
     detect=detect,
     read=read,
     targets={"modelopt-fp8": "fp8", "modelopt-nvfp4": "nvfp4"},
-    encode=encode,
+    encode=_keys.encode,
     marks=marks,
 )
