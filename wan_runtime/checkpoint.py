@@ -188,8 +188,7 @@ def read_layer(checkpoint: Checkpoint, path: str) -> dict[str, torch.Tensor]:
         s.slot: _decoded(checkpoint, layer, s.key, checkpoint.header.read_tensor(s.key))[s.slot]
         for s in layer.sources
     }
-    _check(checkpoint, layer, slots)
-    return slots
+    return _complete(checkpoint, layer, slots)
 
 
 def read_plain(checkpoint: Checkpoint, tensor: str) -> torch.Tensor:
@@ -216,8 +215,7 @@ def stream(checkpoint: Checkpoint, device: torch.device) -> Iterator[Loaded]:
             slots = waiting.setdefault(path, {})
             slots |= _decoded(checkpoint, layer, key, tensor)
             if len(slots) == len(layer.sources):
-                _check(checkpoint, layer, slots)
-                yield Loaded(path, layer.format, waiting.pop(path))
+                yield Loaded(path, layer.format, _complete(checkpoint, layer, waiting.pop(path)))
 
 
 def _opened(path: Path) -> Any:
@@ -252,10 +250,23 @@ def _decoded(checkpoint: Checkpoint, layer: Layer, key: str, tensor: torch.Tenso
     return slots
 
 
+def _complete(
+    checkpoint: Checkpoint, layer: Layer, given: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The canonical slots, checked, from what all sources of a layer gave."""
+    try:
+        slots = dict(layer.finish(given))
+    except ValueError as error:
+        raise BadTensor(checkpoint.path, f"{layer.module}.weight", str(error)) from error
+    _check(checkpoint, layer, slots)
+    return slots
+
+
 def _check(checkpoint: Checkpoint, layer: Layer, slots: Mapping[str, torch.Tensor]) -> None:
     """Shapes and values of a complete layer, against its format."""
     weight_format = FORMATS[layer.format]
-    keys = {source.slot: source.key for source in layer.sources}
+    keys = dict.fromkeys(weight_format.layout(*layer.shape), f"{layer.module}.weight")
+    keys |= {source.slot: source.key for source in layer.sources}
     refusal = weight_format.refuses(*layer.shape)
     if refusal is not None:
         raise BadTensor(checkpoint.path, keys["payload"], f"it cannot be {layer.format}: {refusal}.")

@@ -32,14 +32,23 @@ class Source:
     decode: Callable[[torch.Tensor, int, int], torch.Tensor]
 
 
+def _as_read(slots: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    return slots
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One quantised Linear as the file holds it. `module` is spelled as in the file; `shape` is (out, in) features."""
+    """One quantised Linear as the file holds it. `module` is spelled as in the file; `shape` is (out, in) features.
+
+    finish: what all sources gave, by slot -> the format's canonical slots, for a producer that spreads one slot over
+    several keys; raises ValueError with the problem.
+    """
 
     module: str
     format: str
     shape: tuple[int, int]
     sources: tuple[Source, ...]
+    finish: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]] = _as_read
 
 
 @dataclass(frozen=True)
