@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -91,6 +92,8 @@ class Dialect:
     targets  names for `convert --to` -> the format written.
     encode   (format, canonical slots) -> key suffix -> tensor as this producer stores it.
     marks    layer path -> format, for all quantised layers -> Marks.
+    per_channel  targets that hold one fp32 scale an output channel: "always", or "asked" when the user wants it. A
+             target that is not named has one a tensor. `encode` sees the difference in the shape of slot "scale".
     """
 
     name: str
@@ -101,6 +104,7 @@ class Dialect:
     targets: Mapping[str, str]
     encode: Callable[[str, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
     marks: Callable[[Mapping[str, str]], Marks]
+    per_channel: Mapping[str, Literal["always", "asked"]] = field(default_factory=dict)
 
 
 DIALECTS: Catalogue[Dialect] = Catalogue("wan_runtime.dialects", Dialect)

@@ -82,4 +82,5 @@ DIALECT = Dialect(
     targets={"comfy-fp8-scaled": "fp8"},
     encode=encode,
     marks=marks,
+    per_channel={"comfy-fp8-scaled": "asked"},
 )
