@@ -7,35 +7,83 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from tests.builders.codes import E2M1, E4M3, E5M2, Floats, nearest
+from tests.builders.codes import E2M1, E3M2, E4M3, E5M2, E8M0, INT8, Floats, nearest, pack6
 from tests.builders.codes import pack as nibbles
 from wan_runtime.formats import FORMATS, BadSlot
-from wan_runtime.formats.nvfp4 import pack, round_to_e2m1
+from wan_runtime.formats._e2m1 import pack, round_to_e2m1
+from wan_runtime.formats.mxfp6 import round_to_e3m2
 
 Slots = dict[str, torch.Tensor]
 OUT, INP = 96, 160
 
 
-def _fp8_truth(slots: Slots, table: Floats) -> Floats:
+def _scaled_truth(slots: Slots, table: Floats) -> Floats:
     return np.asarray(table[slots["payload"].numpy()] * slots["scale"].double().numpy())
 
 
+def _blocks(slots: Slots, rows: int, cols: int) -> Floats:
+    """The scale of each weight, where a scale covers rows x cols."""
+    scale = slots["scale"].double().numpy()
+    out, inp = slots["payload"].shape
+    return np.asarray(scale[np.arange(out)[:, None] // rows, np.arange(inp)[None] // cols])
+
+
+def _block_truth(slots: Slots, table: Floats) -> Floats:
+    return np.asarray(table[slots["payload"].numpy()] * _blocks(slots, 128, 128))
+
+
+def _nibble_codes(payload: torch.Tensor) -> NDArray[np.uint8]:
+    byte = payload.numpy()
+    codes = np.empty((byte.shape[0], byte.shape[1] * 2), dtype=np.uint8)
+    codes[:, 0::2], codes[:, 1::2] = byte % 16, byte // 16
+    return codes
+
+
 def _nvfp4_truth(slots: Slots) -> Floats:
-    payload = slots["payload"].numpy()
-    values = np.empty((payload.shape[0], payload.shape[1] * 2))
-    values[:, 0::2], values[:, 1::2] = E2M1[payload % 16], E2M1[payload // 16]
+    values = E2M1[_nibble_codes(slots["payload"])]
     blocks = E4M3[slots["block_scale"].numpy()]
     return np.asarray(values * np.repeat(blocks, 16, axis=1) * slots["scale"].item())
+
+
+def _mx_truth(slots: Slots, values: Floats) -> Floats:
+    return np.asarray(values * np.repeat(E8M0[slots["block_scale"].numpy()], 32, axis=1))
+
+
+def _mxfp6_truth(slots: Slots) -> Floats:
+    """Each row as one little-endian number, six bits a code."""
+    numbers = [int.from_bytes(bytes(row), "little") for row in slots["payload"].tolist()]
+    count = slots["payload"].shape[1] * 8 // 6
+    return _mx_truth(
+        slots, E3M2[[[number >> 6 * place & 63 for place in range(count)] for number in numbers]]
+    )
+
+
+def _int4_truth(slots: Slots) -> Floats:
+    codes = _nibble_codes(slots["payload"]).astype(np.float64)
+    group = codes.shape[1] // slots["scale"].shape[1]
+    scale, zero = (np.repeat(slots[slot].double().numpy(), group, axis=1) for slot in ("scale", "zero"))
+    return np.asarray((codes - 8) * scale + zero)
 
 
 # A format that is missing here fails test_every_format_has_an_oracle: add the meaning of its slots in fp64, and the
 # relative L2 error that its rounding stays under on normal values.
 TRUTH: dict[str, tuple[Callable[[Slots], Floats], float]] = {
-    "fp8": (lambda slots: _fp8_truth(slots, E4M3), 0.03),
-    "fp8_e5m2": (lambda slots: _fp8_truth(slots, E5M2), 0.06),
+    "fp8": (lambda slots: _scaled_truth(slots, E4M3), 0.03),
+    "fp8_block": (lambda slots: _block_truth(slots, E4M3), 0.03),
+    "fp8_e5m2": (lambda slots: _scaled_truth(slots, E5M2), 0.06),
+    "fp8_e5m2_block": (lambda slots: _block_truth(slots, E5M2), 0.06),
+    "int4": (_int4_truth, 0.12),
+    "int8": (lambda slots: _scaled_truth(slots, INT8), 0.02),
+    "int8_block": (lambda slots: _block_truth(slots, INT8), 0.02),
+    "mxfp4": (lambda slots: _mx_truth(slots, E2M1[_nibble_codes(slots["payload"])]), 0.16),
+    "mxfp6": (_mxfp6_truth, 0.08),
+    "mxfp8": (lambda slots: _mx_truth(slots, E4M3[slots["payload"].numpy()]), 0.04),
     "nvfp4": (_nvfp4_truth, 0.11),
 }
+TABLES = {"fp8": E4M3, "fp8_block": E4M3, "mxfp8": E4M3, "fp8_e5m2": E5M2, "fp8_e5m2_block": E5M2}
+FP32_SCALES = [name for name in TRUTH if name not in ("mxfp4", "mxfp6", "mxfp8")]
 
 
 def _weight(seed: int = 0, spread: float = 0.3) -> torch.Tensor:
@@ -85,7 +133,7 @@ def test_random_codes_mean_what_the_bits_say(name: str) -> None:
     """Every code, not only the ones that quantising picks."""
     slots = FORMATS[name].quantize(_weight(), True)
     bits = torch.arange(OUT * INP).reshape(OUT, INP)[:, : slots["payload"].shape[1]] % 256
-    nan = torch.tensor(np.isfinite({"fp8": E4M3, "fp8_e5m2": E5M2}.get(name, np.zeros(256))))[bits]
+    nan = torch.tensor(np.isfinite(TABLES.get(name, np.zeros(256))))[bits]
     slots["payload"] = torch.where(nan, bits, 0).to(torch.uint8)
     FORMATS[name].check(slots)
     truth = TRUTH[name][0](slots)
@@ -189,6 +237,7 @@ def test_quantised_slots_pass_their_own_check(name: str) -> None:
 SCALES = {"NaN": float("nan"), "infinite": float("inf"), "negative": -1.0, "zero": 0.0}
 
 
+@pytest.mark.parametrize("name", FP32_SCALES)
 @pytest.mark.parametrize("damage", SCALES)
 def test_a_damaged_scale_is_refused(name: str, damage: str) -> None:
     slots = FORMATS[name].quantize(_weight(), True)
@@ -198,19 +247,27 @@ def test_a_damaged_scale_is_refused(name: str, damage: str) -> None:
     assert caught.value.slot == "scale"
 
 
+@pytest.mark.parametrize("name", FP32_SCALES)
 def test_a_zero_scale_beside_zero_codes_is_allowed(name: str) -> None:
     weight = _weight()
     weight[0] = 0
     slots = FORMATS[name].quantize(weight, True)
-    if slots["scale"].shape[0] == 1:
+    if slots["scale"].shape[0] < OUT:
         slots = FORMATS[name].quantize(torch.zeros(OUT, INP), True)
     slots["scale"][0, 0] = 0.0
     FORMATS[name].check(slots)
 
 
+NOT_NUMBERS = {"e4m3": (0x7F, 0xFF), "e5m2": (0x7C, 0x7D, 0x7F, 0xFC, 0xFE)}
+
+
 @pytest.mark.parametrize(
     ("weight_format", "code"),
-    [("fp8", 0x7F), ("fp8", 0xFF), *[("fp8_e5m2", c) for c in (0x7C, 0x7D, 0x7F, 0xFC, 0xFE)]],
+    [
+        (name, code)
+        for name, table in TABLES.items()
+        for code in NOT_NUMBERS["e4m3" if table is E4M3 else "e5m2"]
+    ],
 )
 def test_nan_and_infinite_codes_are_refused(weight_format: str, code: int) -> None:
     slots = FORMATS[weight_format].quantize(_weight(), True)
@@ -254,3 +311,164 @@ def test_sizes_a_format_cannot_hold_are_refused_with_the_size(name: str) -> None
 
 def test_nvfp4_refuses_what_its_blocks_do_not_divide() -> None:
     assert "24" in str(FORMATS["nvfp4"].refuses(64, 24))
+
+
+BLOCKED = ("fp8_block", "fp8_e5m2_block", "int8_block")
+
+
+@pytest.mark.parametrize("weight_format", BLOCKED)
+@pytest.mark.parametrize(
+    ("size", "rows", "cols"),
+    [
+        ((256, 384), 128, 128),
+        ((200, 300), 128, 128),  # the last blocks are cut short
+        ((192, 160), 64, 64),
+        ((96, 96), 32, 32),
+        ((96, 160), 1, 64),
+        ((64, 256), 1, 32),
+        ((64, 64), 128, 128),
+    ],
+)
+def test_the_scales_of_blocks_say_their_size(
+    weight_format: str, size: tuple[int, int], rows: int, cols: int
+) -> None:
+    """Every producer's block size, against an element-by-element look-up of its scale."""
+    out, inp = size
+    generator = torch.Generator().manual_seed(4)
+    shape = (-(-out // rows), -(-inp // cols))
+    assert shape in FORMATS[weight_format].layout(out, inp)["scale"][1]
+    slots = {
+        "payload": torch.randint(0, 0x70, size, generator=generator, dtype=torch.uint8),
+        "scale": torch.rand(shape, generator=generator) + 0.5,
+    }
+    table = {"fp8_block": E4M3, "fp8_e5m2_block": E5M2, "int8_block": INT8}[weight_format]
+    truth = table[slots["payload"].numpy()] * _blocks(slots, rows, cols)
+    restored = FORMATS[weight_format].dequantize(slots)
+    np.testing.assert_allclose(restored.double().numpy(), truth, rtol=2**-22, atol=0)
+    slots["scale"][-1, -1] = 0
+    with pytest.raises(BadSlot, match="zero beside non-zero codes"):
+        FORMATS[weight_format].check(slots)
+    slots["payload"][(shape[0] - 1) * rows :, (shape[1] - 1) * cols :] = 0
+    FORMATS[weight_format].check(slots)
+
+
+@pytest.mark.parametrize("weight_format", BLOCKED)
+def test_each_block_is_quantised_by_its_own_amax(weight_format: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(200, 300, generator=generator)
+    top = {"fp8_block": 448, "fp8_e5m2_block": 57344, "int8_block": 127}[weight_format]
+    wanted = [[weight[r : r + 128, c : c + 128].abs().max() / top for c in (0, 128, 256)] for r in (0, 128)]
+    torch.testing.assert_close(
+        FORMATS[weight_format].quantize(weight, True)["scale"], torch.tensor(wanted), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_int8_codes_are_the_nearest_ones(per_channel: bool) -> None:
+    weight = _weight(seed=6)
+    slots = FORMATS["int8"].quantize(weight, per_channel)
+    amax = weight.abs().amax(1, keepdim=True) if per_channel else weight.abs().amax().reshape(1, 1)
+    torch.testing.assert_close(slots["scale"], amax / 127, rtol=1e-6, atol=0)
+    wanted = np.rint((weight / slots["scale"]).double().numpy()).astype(np.int8)
+    np.testing.assert_array_equal(slots["payload"].view(torch.int8).numpy(), wanted)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_int4_groups_are_told_by_the_scales_and_offsets_are_added(groups: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    assert (32, groups) in FORMATS["int4"].layout(32, 128)["scale"][1]
+    slots = {
+        "payload": torch.randint(0, 256, (32, 64), generator=generator, dtype=torch.uint8),
+        "scale": torch.rand(32, groups, generator=generator) + 0.5,
+        "zero": torch.randn(32, groups, generator=generator),
+    }
+    FORMATS["int4"].check(slots)
+    restored = FORMATS["int4"].dequantize(slots)
+    np.testing.assert_allclose(restored.double().numpy(), _int4_truth(slots), rtol=2**-20, atol=2**-20)
+
+
+def test_an_int4_byte_worked_out_by_hand() -> None:
+    """0x3F: the even element 15 - 8 = 7 from the low nibble, the odd one 3 - 8 = -5."""
+    slots = {"payload": torch.tensor([[0x3F]], dtype=torch.uint8)}
+    slots |= {"scale": torch.tensor([[0.5]]), "zero": torch.tensor([[0.25]])}
+    assert FORMATS["int4"].dequantize(slots).tolist() == [[3.75, -2.25]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_int4_offset_is_refused(value: float) -> None:
+    slots = FORMATS["int4"].quantize(_weight(), True)
+    slots["zero"][3, 0] = value
+    with pytest.raises(BadSlot, match="offset is NaN or infinite") as caught:
+        FORMATS["int4"].check(slots)
+    assert caught.value.slot == "zero"
+
+
+MX = {"mxfp8": (E4M3, 448.0), "mxfp6": (E3M2, 28.0), "mxfp4": (E2M1, 6.0)}
+
+
+@pytest.mark.parametrize("weight_format", MX)
+def test_mx_scales_are_the_smallest_that_hold_the_block_and_codes_the_nearest(weight_format: str) -> None:
+    table, top = MX[weight_format]
+    weight = _weight(seed=8)
+    weight[0, :32] = 0
+    weight[1, :32] = top / 64  # fills the codes exactly
+    weight[2, :32] = float(np.nextafter(np.float32(top / 64), np.float32(np.inf)))  # and just does not
+    slots = FORMATS[weight_format].quantize(weight, True)
+    blocks = weight.reshape(OUT, INP // 32, 32).double().numpy()
+    amax = np.abs(blocks).max(-1)
+    wanted = np.array(
+        [[min(b for b in range(255) if a <= top * 2.0 ** (b - 127)) for a in r] for r in amax]
+    )
+    np.testing.assert_array_equal(slots["block_scale"].numpy(), wanted)
+    assert slots["block_scale"][1, 0] == 127 - 6 and slots["block_scale"][2, 0] == 127 - 5
+    codes = nearest((blocks / E8M0[wanted][..., None]).reshape(OUT, INP), table)
+    packed = {
+        "mxfp8": lambda: codes,
+        "mxfp6": lambda: pack6(codes),
+        "mxfp4": lambda: nibbles(codes, even_high=False),
+    }
+    np.testing.assert_array_equal(slots["payload"].numpy(), packed[weight_format]())
+
+
+@pytest.mark.parametrize("weight_format", MX)
+def test_an_mx_block_scale_of_255_is_refused(weight_format: str) -> None:
+    slots = FORMATS[weight_format].quantize(_weight(), True)
+    slots["block_scale"][7, 2] = 255
+    with pytest.raises(BadSlot, match="1 of 480 block scales are NaN") as caught:
+        FORMATS[weight_format].check(slots)
+    assert caught.value.slot == "block_scale"
+
+
+@pytest.mark.parametrize("weight_format", MX)
+def test_every_other_mx_block_scale_is_a_power_of_two(weight_format: str) -> None:
+    slots = FORMATS[weight_format].quantize(torch.ones(255, 32), True)
+    slots["block_scale"] = torch.arange(255, dtype=torch.uint8).reshape(255, 1)
+    FORMATS[weight_format].check(slots)
+    ones = TRUTH[weight_format][0]({**slots, "block_scale": torch.full((255, 1), 127, dtype=torch.uint8)})[
+        :, :1
+    ]
+    truth = ones * 2.0 ** (np.arange(255) - 127)[:, None]
+    inside = truth[:, 0] <= np.finfo(np.float32).max
+    restored = FORMATS[weight_format].dequantize(slots)[:, :1].double().numpy()
+    np.testing.assert_array_equal(restored[inside], truth[inside])
+
+
+def test_e3m2_rounds_as_a_brute_force_search_does() -> None:
+    magnitudes = torch.tensor(E3M2[:32]).float()
+    ties = (magnitudes[1:] + magnitudes[:-1]) / 2
+    near = [
+        ties,
+        torch.nextafter(ties, ties * 2),
+        torch.nextafter(ties, ties * 0),
+        torch.linspace(0, 40, 4001),
+    ]
+    values = torch.cat([*near, magnitudes, torch.tensor([1e-40, 448.0, 1e30])])
+    values = torch.cat([values, -values])
+    np.testing.assert_array_equal(round_to_e3m2(values).numpy(), nearest(values.double().numpy(), E3M2))
+
+
+def test_mxfp6_bytes_worked_out_by_hand() -> None:
+    """Codes 1, 2, 3, 0x3F: 1 | 2 << 6 = 0x81; 2 >> 2 | 3 << 4 = 0x30; 3 >> 4 | 63 << 2 = 0xFC."""
+    payload = torch.tensor([[0x81, 0x30, 0xFC] * 8], dtype=torch.uint8)
+    slots = {"payload": payload, "block_scale": torch.tensor([[128]], dtype=torch.uint8)}
+    assert FORMATS["mxfp6"].dequantize(slots)[0, :4].tolist() == [0.125, 0.25, 0.375, -56.0]

@@ -50,7 +50,7 @@ def patch(
     Args:
         model: a WAN transformer (not the pipeline), on any device; on meta when a checkpoint is given.
         checkpoint: a quantised or plain .safetensors file to load into the model; None quantises what it holds.
-        weights: "auto" (what the file holds; fp8 without a file), "fp8", "nvfp4", ..., or "keep".
+        weights: "auto" (what the file holds; fp8 without a file), "fp8", "nvfp4", "mxfp8", "int8", ..., or "keep".
         compute: "auto", "fp8", "bf16" (dequantise, then multiply), "fp32" (the reference).
         backend: "auto", "torch" or "reference".
         attention: "auto" leaves the host's attention.

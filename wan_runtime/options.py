@@ -23,7 +23,9 @@ Skip = Annotated[
     list[str] | None,
     typer.Option(help="Modules to leave unquantised, a pattern such as 'blocks.0.*'; may be given again."),
 ]
-Weights = Annotated[str, typer.Option(help="Format to hold the weights in: auto, fp8, nvfp4, keep.")]
+Weights = Annotated[
+    str, typer.Option(help="Format to hold the weights in: auto, keep, fp8, nvfp4, mxfp8, int8, ...")
+]
 Compute = Annotated[str, typer.Option(help="Precision to multiply in: auto, fp8, bf16, fp32.")]
 Backend = Annotated[str, typer.Option(help="Who multiplies: auto, torch, te, reference.")]
 Attention = Annotated[str, typer.Option(help="Attention kernel: auto, fa3, cudnn, sdpa, fp8.")]

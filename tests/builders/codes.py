@@ -30,6 +30,11 @@ def _e2m1(code: int) -> float:
     return mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2.0 ** (exponent - 1)
 
 
+def _e3m2(code: int) -> float:
+    exponent, mantissa = code >> 2 & 7, code & 3
+    return mantissa / 4 * 2.0**-2 if exponent == 0 else (1 + mantissa / 4) * 2.0 ** (exponent - 3)
+
+
 def _table(magnitude: Callable[[int], float], codes: int) -> Floats:
     """Value of each code; the upper half of the codes is the lower half negated."""
     half = [magnitude(code) for code in range(codes // 2)]
@@ -38,7 +43,10 @@ def _table(magnitude: Callable[[int], float], codes: int) -> Floats:
 
 E4M3 = _table(_e4m3, 256)
 E5M2 = _table(_e5m2, 256)
+E3M2 = _table(_e3m2, 64)
 E2M1 = _table(_e2m1, 16)
+E8M0 = np.array([2.0 ** (byte - 127) for byte in range(255)] + [float("nan")])
+INT8 = np.array([*range(128), *range(-128, 0)], dtype=np.float64)
 
 
 def nearest(values: Floats, table: Floats) -> Bytes:
@@ -57,6 +65,13 @@ def pack(codes: Bytes, *, even_high: bool) -> Bytes:
     """4-bit codes [out, in] -> bytes [out, in / 2]; `even_high` puts the even element in the high nibble."""
     even, odd = codes[:, 0::2], codes[:, 1::2]
     return np.asarray(even * 16 + odd if even_high else odd * 16 + even, dtype=np.uint8)
+
+
+def pack6(codes: Bytes) -> Bytes:
+    """6-bit codes [out, in] -> bytes [out, 3 * in / 4]: one long little-endian number a row, 6 bits a code."""
+    rows = [sum(int(code) << 6 * place for place, code in enumerate(row)) for row in codes]
+    size = codes.shape[1] * 6 // 8
+    return np.array([list(row.to_bytes(size, "little")) for row in rows], dtype=np.uint8)
 
 
 def tile_order(scales: Bytes) -> Bytes:

@@ -9,8 +9,6 @@ Source: OCP 8-bit Floating Point Specification, section 5 (https://www.opencompu
 
 from __future__ import annotations
 
-import torch
+from wan_runtime.formats import _scaled
 
-from wan_runtime.formats import _fp8
-
-FORMAT = _fp8.make("fp8", torch.float8_e4m3fn)
+FORMAT = _scaled.make("fp8", _scaled.E4M3)

@@ -10,8 +10,6 @@ Source: OCP 8-bit Floating Point Specification, section 5 (https://www.opencompu
 
 from __future__ import annotations
 
-import torch
+from wan_runtime.formats import _scaled
 
-from wan_runtime.formats import _fp8
-
-FORMAT = _fp8.make("fp8_e5m2", torch.float8_e5m2)
+FORMAT = _scaled.make("fp8_e5m2", _scaled.E5M2)

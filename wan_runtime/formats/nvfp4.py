@@ -12,25 +12,15 @@ Source: NVIDIA Model Optimizer, nvfp4_tensor.py; OCP Microscaling Formats Specif
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from wan_runtime.formats import BadSlot, Format, Slots, check_scale, check_zero_scale
+from wan_runtime.formats._e2m1 import E2M1_MAX, pack, round_to_e2m1, unpack
+from wan_runtime.formats._scaled import scale_of
 
 BLOCK = 16
-E2M1_MAX = 6.0
 E4M3_MAX = 448.0
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SMALLEST_BLOCK_SCALE = 2.0**-9  # the smallest e4m3 subnormal: a block of tiny weights must not get scale 0
-
-
-@functools.cache
-def _pairs(device: torch.device) -> torch.Tensor:
-    """Byte -> its two values, fp32 [256, 2]: the low nibble's first."""
-    values = torch.tensor(E2M1 + tuple(-v for v in E2M1), device=device)
-    byte = torch.arange(256, device=device)
-    return torch.stack((values[byte & 0xF], values[byte >> 4]), dim=1)
 
 
 def layout(out: int, inp: int) -> dict[str, tuple[torch.dtype, tuple[tuple[int, ...], ...]]]:
@@ -45,20 +35,6 @@ def refuses(out: int, inp: int) -> str | None:
     return f"in_features {inp} is not a multiple of {BLOCK}" if inp % BLOCK else None
 
 
-def round_to_e2m1(values: torch.Tensor) -> torch.Tensor:
-    """fp32 values -> uint8 codes 0..15, round to nearest, ties to the even code, saturating at 6."""
-    # The spacing is 0.5 below 2, 1 below 4 and 2 above, and an even multiple of it is an even code.
-    size = values.abs()
-    low, middle, high = torch.round(size * 2), torch.round(size) + 2, torch.round(size / 2) + 4
-    code = torch.where(size < 2, low, torch.where(size < 4, middle, high)).clamp_(max=7).to(torch.uint8)
-    return code | (torch.signbit(values).to(torch.uint8) << 3)
-
-
-def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Codes [out, in] -> bytes [out, in / 2], even element in the low nibble."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
-
-
 def quantize(weight: torch.Tensor, per_channel: bool) -> dict[str, torch.Tensor]:
     """Two-level amax rule, one fp32 scale a tensor whatever `per_channel`.
 
@@ -66,9 +42,7 @@ def quantize(weight: torch.Tensor, per_channel: bool) -> dict[str, torch.Tensor]
     """
     weight = weight.float()
     out, inp = weight.shape
-    amax = weight.abs().amax()
-    step = (amax / (E2M1_MAX * E4M3_MAX)).clamp_min(torch.finfo(torch.float32).tiny)  # never 0 by underflow
-    scale = torch.where(amax > 0, step, torch.ones_like(amax)).reshape(1, 1)
+    scale = scale_of(weight.abs().amax(), E2M1_MAX * E4M3_MAX).reshape(1, 1)
     blocks = weight.reshape(out, inp // BLOCK, BLOCK)
     block_scale = blocks.abs().amax(-1) / E2M1_MAX / scale
     block_scale = block_scale.clamp(SMALLEST_BLOCK_SCALE, E4M3_MAX).to(torch.float8_e4m3fn)
@@ -81,12 +55,10 @@ def quantize(weight: torch.Tensor, per_channel: bool) -> dict[str, torch.Tensor]
 
 
 def dequantize(slots: Slots) -> torch.Tensor:
-    payload = slots["payload"]
-    out, half = payload.shape
-    # One look-up gives both values of a byte, so the index takes 2 bytes a weight instead of 8.
-    values = _pairs(payload.device).index_select(0, payload.flatten().to(torch.int32))
-    scales = slots["block_scale"].view(torch.float8_e4m3fn).float() * slots["scale"].float()
-    return (values.reshape(out, half * 2 // BLOCK, BLOCK) * scales[..., None]).reshape(out, half * 2)
+    values, scales = unpack(slots["payload"]), slots["block_scale"].view(torch.float8_e4m3fn).float()
+    out, inp = values.shape
+    scales = scales * slots["scale"].float()
+    return (values.reshape(out, inp // BLOCK, BLOCK) * scales[..., None]).reshape(out, inp)
 
 
 def check(slots: Slots) -> None:

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 from wan_runtime.formats import nvfp4
+from wan_runtime.formats._e2m1 import E2M1_MAX
 
-TOP = nvfp4.E4M3_MAX / nvfp4.E2M1_MAX
+TOP = nvfp4.E4M3_MAX / E2M1_MAX
 
 
 def expand_nvfp4_torch(

@@ -1,0 +1,124 @@
+"""One byte a weight and fp32 scales that multiply: the arithmetic of the FP8 and int8 formats.
+
+A scale covers the tensor, an output channel, or a block. Blocks of r x c start at element (0, 0) and the last ones may
+be cut short, so the scales of a block format are [ceil(out / r), ceil(in / c)]. That shape says r and c: only one power
+of two gives a count of two or more, and a count of one is the whole side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from wan_runtime.formats import BadSlot, Format, Slots, check_scale, check_zero_scale
+
+Layout = dict[str, tuple[torch.dtype, tuple[tuple[int, ...], ...]]]
+SIDE = 128  # of the blocks that quantising takes
+BLOCKS = tuple((rows, cols) for cols in (128, 64, 32, 16, 256) for rows in (cols, 1))
+
+
+@dataclass(frozen=True)
+class Codes:
+    """One encoding of a byte.
+
+    top      its largest finite code.
+    invalid  the first magnitude (the byte without its sign) that is NaN or infinite, or None where all are finite.
+    """
+
+    dtype: torch.dtype
+    top: float
+    invalid: int | None
+
+
+E4M3 = Codes(torch.float8_e4m3fn, 448.0, 0x7F)
+E5M2 = Codes(torch.float8_e5m2, 57344.0, 0x7C)
+INT8 = Codes(torch.int8, 127.0, None)
+
+
+def make(name: str, codes: Codes, *, blocks: bool = False) -> Format:
+    """The Format record of one encoding, with scales a tensor or an output channel, or with scales a block."""
+    return Format(
+        name=name,
+        layout=_block_layout if blocks else _layout,
+        refuses=lambda out, inp: None,
+        quantize=lambda weight, per_channel: _quantize(weight, per_channel, codes, blocks),
+        dequantize=lambda slots: _dequantize(slots, codes),
+        check=lambda slots: _check(slots, codes),
+        bits=8 + 32 / SIDE**2 if blocks else 8.0,
+    )
+
+
+def _layout(out: int, inp: int) -> Layout:
+    return {"payload": (torch.uint8, ((out, inp),)), "scale": (torch.float32, ((1, 1), (out, 1)))}
+
+
+def _block_layout(out: int, inp: int) -> Layout:
+    shapes = dict.fromkeys((-(-out // rows), -(-inp // cols)) for rows, cols in BLOCKS)
+    return {"payload": (torch.uint8, ((out, inp),)), "scale": (torch.float32, tuple(shapes))}
+
+
+def side(size: int, count: int) -> int:
+    """How many of `size` elements each of `count` scales covers: all of them, or a power of two."""
+    if count == 1:
+        return size
+    length = 1
+    while -(-size // length) > count:
+        length *= 2
+    if -(-size // length) != count:
+        raise BadSlot("scale", f"{count} scales do not cover {size} elements in blocks of a power of two.")
+    return length
+
+
+def spread(scale: torch.Tensor, out: int, inp: int) -> torch.Tensor:
+    """Scales -> a tensor that broadcasts against [out, in]."""
+    rows, cols = side(out, scale.shape[0]), side(inp, scale.shape[1])
+    if rows not in (1, out):
+        scale = scale.repeat_interleave(rows, 0)[:out]
+    return scale if cols == inp else scale.repeat_interleave(cols, 1)[:, :inp]
+
+
+def scale_of(amax: torch.Tensor, top: float) -> torch.Tensor:
+    """amax / largest code; 1 for zeros, and never 0 by underflow."""
+    step = (amax / top).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(amax > 0, step, torch.ones_like(amax))
+
+
+def _quantize(weight: torch.Tensor, per_channel: bool, codes: Codes, blocks: bool) -> dict[str, torch.Tensor]:
+    """Scale = amax / largest code; codes clamped, because torch < 2.12 casts an e4m3 overflow to NaN."""
+    weight = weight.float()
+    size = weight.abs()
+    if blocks:
+        amax = torch.nn.functional.max_pool2d(size[None], SIDE, ceil_mode=True)[0]
+    else:
+        amax = size.amax(1, keepdim=True) if per_channel else size.amax().reshape(1, 1)
+    scale = scale_of(amax, codes.top)
+    quotient = (weight / spread(scale, *weight.shape)).clamp(-codes.top, codes.top)
+    rounded = (
+        quotient.round() if codes.dtype is torch.int8 else quotient
+    )  # casting to fp8 rounds, to int8 truncates
+    return {"payload": rounded.to(codes.dtype).view(torch.uint8), "scale": scale}
+
+
+def _dequantize(slots: Slots, codes: Codes) -> torch.Tensor:
+    values = slots["payload"].view(codes.dtype).float()
+    return values * spread(slots["scale"].float(), *values.shape)
+
+
+def _check(slots: Slots, codes: Codes) -> None:
+    payload, scale = slots["payload"], slots["scale"]
+    check_codes(payload, codes)
+    check_scale(slots, "scale")
+    if not bool((scale == 0).any()):
+        return
+    used = payload != 0 if codes.dtype is torch.int8 else (payload & 0x7F) != 0  # fp8 has a negative zero
+    check_zero_scale({"scale": spread(scale, *payload.shape)}, "scale", used)
+
+
+def check_codes(payload: torch.Tensor, codes: Codes) -> None:
+    """Refuse codes that are no numbers."""
+    bad = 0 if codes.invalid is None else int(((payload & 0x7F) >= codes.invalid).sum())
+    if bad:
+        raise BadSlot(
+            "payload", f"{bad} of {payload.numel()} codes are NaN or infinite; the file is damaged."
+        )
