@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from wan_runtime import corrections
+from wan_runtime.corrections import effective_weight
 from wan_runtime.dialects import DIALECTS, Dialect, Layer, Reading, identify
 from wan_runtime.errors import AmbiguousDialect, BadTensor, CheckpointError
 from wan_runtime.formats import FORMATS, BadSlot, check_cast
@@ -167,7 +169,7 @@ def _distance(checkpoint: Checkpoint, base: Checkpoint) -> float:
     ]
     for path in shared[:: max(len(shared) // LAYERS_COMPARED, 1)][:LAYERS_COMPARED]:
         slots = read_layer(checkpoint, path)
-        weight = FORMATS[checkpoint.layers[path].format].dequantize(slots)
+        weight = effective_weight(checkpoint.layers[path].format, slots)
         truth = base.header.read_tensor(base.plain[f"{path}.weight"]).float()
         if truth.shape != weight.shape:
             raise CheckpointError(
@@ -284,9 +286,11 @@ def _check(checkpoint: Checkpoint, layer: Layer, slots: Mapping[str, torch.Tenso
             checkpoint.path, keys["input_scale"], f"an input scale must be positive; it is {static.item():g}."
         )
     try:
-        weight_format.check(slots)
+        weight, around = corrections.split(layer.format, slots)
+        weight_format.check(weight)
+        corrections.check(around, *layer.shape)
     except BadSlot as bad:
-        raise BadTensor(checkpoint.path, keys[bad.slot], str(bad)) from bad
+        raise BadTensor(checkpoint.path, keys.get(bad.slot, keys["payload"]), str(bad)) from bad
 
 
 def plain_dtype(checkpoint: Checkpoint, tensor: str) -> torch.dtype:

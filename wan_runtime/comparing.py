@@ -20,9 +20,9 @@ from rich.text import Text
 from wan_runtime import rules
 from wan_runtime.anatomy import Anatomy, anatomy_of
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint, read_layer, read_plain
+from wan_runtime.corrections import effective_weight
 from wan_runtime.diagnosis import Row, aspects, causes, remedies
 from wan_runtime.errors import BadTensor, InvalidOption
-from wan_runtime.formats import FORMATS
 from wan_runtime.report import as_text
 
 LAYER = "blocks.0.cross_attn.k"
@@ -160,7 +160,7 @@ def _distances(a: Checkpoint, b: Checkpoint) -> dict[str, float]:
 def _weight(checkpoint: Checkpoint, path: str) -> torch.Tensor:
     """The weight as fp32 [out, in]."""
     if path in checkpoint.layers:
-        return FORMATS[checkpoint.layers[path].format].dequantize(read_layer(checkpoint, path))
+        return effective_weight(checkpoint.layers[path].format, read_layer(checkpoint, path))
     if f"{path}.weight" not in checkpoint.plain:
         raise InvalidOption(f"{checkpoint.path} has no {path}: the two are different models.")
     return read_plain(checkpoint, f"{path}.weight").float()

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from wan_runtime import corrections
 from wan_runtime.backends import Multiply, multiplier
 from wan_runtime.errors import QuantisedWeight
-from wan_runtime.formats import FORMATS
 from wan_runtime.residents import Move, keeping_dtype, served
 
 
@@ -60,13 +60,16 @@ class QuantLinear(nn.Linear):
     that want one (adapters, inspection) in `reads_as`, made anew at each access.
 
     Args:
-        format: name of a weight format; `slots` holds its canonical slots, optionally also "input_scale" [1, 1].
+        format: name of a weight format; `slots` holds its canonical slots, optionally also "input_scale" [1, 1] and
+            corrections (wan_runtime.corrections), which are applied around the backend's product.
         backend, compute: who multiplies and in what; see wan_runtime.backends.
         planned_for: the device type the plan was made for; on another one the layer dequantises and multiplies, so
             that a model planned for the GPU still runs where it lies.
         static: quantise activations with the file's input_scale instead of one dynamic scale a token.
         replaces: the module this one stands for, its tensors on meta: what `unpatch` fills and puts back. It also
             says how to answer: a server's linear (see `served`) answers the pair (output, None).
+
+    Raises ValueError for a slot that neither the format nor a correction has: it would change the weight in silence.
     """
 
     def __init__(
@@ -93,6 +96,13 @@ class QuantLinear(nn.Linear):
         self.pair = replaces is not None and served(replaces)
         fp32 = None if bias is None else nn.Parameter(bias.to(torch.float32), requires_grad=False)
         self.register_parameter("bias", fp32)
+        _, around = corrections.split(format, slots)
+        self.corrected = bool(
+            around
+        )  # a fused path that hands a kernel the layer's input must look here first
+        self._group = corrections.group_of(
+            around
+        )  # held beside its slot, as reading a GPU's value would wait for it
         # Codes last: hosts take the first parameter's dtype for a floating-point one.
         for name, tensor in sorted(slots.items(), key=lambda slot: not slot[1].is_floating_point()):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -106,13 +116,14 @@ class QuantLinear(nn.Linear):
 
     @property
     def slots(self) -> dict[str, torch.Tensor]:
-        """The weight's slots, and its input scale where it has one."""
+        """The weight's slots, its corrections, and its input scale where it has one."""
         return {name: p for name, p in self._parameters.items() if name != "bias" and p is not None}
 
     @property
     def weight(self) -> torch.Tensor:
         """The dequantised weight [out_features, in_features] in `reads_as`: a copy, never the storage."""
-        return FORMATS[self.format].dequantize(self.slots).to(self.reads_as).as_subclass(WeightCopy)
+        weight = corrections.effective_weight(self.format, self.slots)
+        return weight.to(self.reads_as).as_subclass(WeightCopy)
 
     @weight.setter
     def weight(self, value: object) -> None:
@@ -130,6 +141,8 @@ class QuantLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if f"{prefix}rotation" in state_dict and self._group is not None:
+            self._group = int(state_dict[f"{prefix}rotation"].item())
         if (
             f"{prefix}weight" in state_dict
         ):  # strict=False would drop it, and the layer would keep other weights
@@ -145,7 +158,11 @@ class QuantLinear(nn.Linear):
         dtype = _result_dtype(input)
         rows = input.reshape(math.prod(input.shape[:-1]), self.in_features).to(dtype)
         multiply = self._multiply if kind == self.planned_for else self._elsewhere
-        product = multiply(rows, slots, static if self.static else None)
+        if self.corrected:
+            rows, scaled = corrections.before(rows, slots, self._group)
+            product = corrections.after(multiply(rows, slots, static if self.static else None), scaled, slots)
+        else:
+            product = multiply(rows, slots, static if self.static else None)
         if product.dtype != dtype:
             product = product.float()
         if self.bias is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from wan_runtime.checkpoint import Loaded
+from wan_runtime.corrections import effective_weight
 from wan_runtime.errors import InvalidOption
 from wan_runtime.formats import FORMATS
 from wan_runtime.linear import QuantLinear, linear_size
@@ -73,7 +74,7 @@ def _stage_weight(staged: Stage, decision: Decision, module: str, item: Loaded, 
     if decision.format == item.format:
         staged.slots[module] = dict(item.slots)
         return
-    weight = FORMATS[item.format].dequantize({n: t for n, t in item.slots.items() if n != "input_scale"})
+    weight = effective_weight(item.format, item.slots)
     _stage_tensor(staged, decision, module, "weight", weight, dtype)
 
 
@@ -208,7 +209,7 @@ def _located(model: nn.Module, path: str) -> str:
 def _refilled(module: QuantLinear, path: str, before: Mapping[str, torch.dtype]) -> nn.Module:
     """The module that a QuantLinear replaced, with the dequantised weight and the bias in it."""
     replaced: nn.Module = module.__dict__["replaces"]
-    weight = FORMATS[module.format].dequantize(module.slots)
+    weight = effective_weight(module.format, module.slots)
     for leaf, value in (("weight", weight), ("bias", module.bias)):
         parameter = replaced._parameters[leaf]
         if parameter is not None and value is not None:
