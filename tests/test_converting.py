@@ -341,9 +341,9 @@ def test_a_producers_choice_of_layers_is_kept(tmp_path: Path, state: Tensors) ->
     assert torch.equal(new["blocks.0.ffn.0.weight"], state["blocks.0.ffn.0.weight"])
 
 
-def test_skip_leaves_layers_unquantised_under_either_spelling(tmp_path: Path, plain: Path) -> None:
+def test_keep_leaves_layers_unquantised_under_either_spelling(tmp_path: Path, plain: Path) -> None:
     for pattern in ("blocks.0.*", "blocks.*.ffn.net.2"):
-        report = wan_runtime.convert(plain, tmp_path / "new.safetensors", "comfy-fp8", skip=(pattern,))
+        report = wan_runtime.convert(plain, tmp_path / "new.safetensors", "comfy-fp8", keep=(pattern,))
         kept = [m for m in LAYERS if (m.startswith("blocks.0.") if "0" in pattern else m.endswith("ffn.2"))]
         new = spelled(tmp_path / "new.safetensors")
         assert {m for m in LAYERS if new[f"{m}.weight"][0] == "BF16"} == set(kept)
@@ -357,9 +357,9 @@ def test_wrong_requests_are_refused_by_name(tmp_path: Path, plain: Path) -> None
     with pytest.raises(UnknownName, match="keep, diffusers, original"):
         wan_runtime.convert(plain, new, "bf16", "kohya")
     with pytest.raises(InvalidOption, match="matches no module"):
-        wan_runtime.convert(plain, new, "comfy-fp8", skip=("block.0.*",))
+        wan_runtime.convert(plain, new, "comfy-fp8", keep=("block.0.*",))
     with pytest.raises(NothingToPatch, match="no layer would be held in fp8"):
-        wan_runtime.convert(plain, new, "comfy-fp8", skip=("*",))
+        wan_runtime.convert(plain, new, "comfy-fp8", keep=("*",))
     with pytest.raises(InvalidOption, match=r"must end in \.safetensors"):
         wan_runtime.convert(plain, tmp_path / "new.bin", "bf16")
     with pytest.raises(InvalidOption, match="no folder"):

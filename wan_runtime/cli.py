@@ -126,7 +126,7 @@ def convert(
     import wan_runtime
 
     report = wan_runtime.convert(
-        src, dst, to, names, dialect=dialect, reference=reference, device=device, skip=tuple(skip or ())
+        src, dst, to, names, dialect=dialect, reference=reference, device=device, keep=tuple(skip or ())
     )
     show(report, as_json)
 

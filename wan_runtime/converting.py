@@ -1,33 +1,76 @@
-"""`convert`: one checkpoint into another dialect, format or spelling, a layer at a time.
+"""`convert`: one checkpoint into another dialect, format or spelling, in memory bounded by a few layers.
 
 Decided first, for every weight, from the header alone (wan_runtime.transcoding); then executed in the file's own order,
-with one layer in memory. Where source and target hold the same format the codes and scales are carried over bit for
-bit (only nibbles, block-scale layout and key names change); elsewhere weights are dequantised in fp32 and quantised
-again, and the report says what that cost each layer.
+several layers at a time where memory allows. Where source and target hold the same format the codes and scales are
+carried over bit for bit (only nibbles, block-scale layout and key names change); elsewhere weights are dequantised in
+fp32 and quantised again, and the report says what that cost each layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from wan_runtime.ahead import ahead
 from wan_runtime.backends import device_named
-from wan_runtime.checkpoint import Checkpoint, Loaded, open_checkpoint, read_layer, read_plain
+from wan_runtime.checkpoint import Checkpoint, open_checkpoint, read_layer, read_plain
+from wan_runtime.conversion import ConversionReport
 from wan_runtime.dialects import DIALECTS, OWN_MARKER, Dialect
-from wan_runtime.errors import InvalidOption, NothingToPatch, UnknownName
-from wan_runtime.formats import FORMATS
+from wan_runtime.errors import BadTensor, InvalidOption, NothingToPatch, UnknownName
 from wan_runtime.names import SPELLINGS
-from wan_runtime.progress import watched
-from wan_runtime.report import ConversionReport
-from wan_runtime.transcoding import QUANTISING, Step, Target, decide, encoded, matches
+from wan_runtime.progress import sizes_of, watched
+from wan_runtime.quantising import SCALES, SEARCHED, Weight, cast, plain_weight, quantise, quantised_weight
+from wan_runtime.transcoding import (
+    ACTIVATION_TOP,
+    ANEW,
+    QUANTISING,
+    REST,
+    Step,
+    Target,
+    decide,
+    encoded,
+    holds_input_scales,
+    matches,
+    slots_of,
+)
 from wan_runtime.version import VERSION
 from wan_runtime.writing import new_safetensors, spec_of
+
+BUDGET = 384 * 2**20  # bytes of layers read and quantised ahead of the one being written
+MOST_THREADS = 4
+
+Scale = Literal["amax", "mse"]
+
+
+@dataclass(frozen=True)
+class Making:
+    """How the steps are executed; the bytes written do not depend on `threads`.
+
+    activations: original module path -> largest magnitude of its input, or None.
+    """
+
+    device: torch.device
+    scale: Scale
+    activations: Mapping[str, float] | None
+    threads: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """The new file's tensors of one layer or plain tensor, and the error that quantising it anew added."""
+
+    path: str
+    tensors: Mapping[str, torch.Tensor]
+    error: float | None = None
 
 
 def convert(
@@ -39,7 +82,12 @@ def convert(
     dialect: str | None = None,
     reference: Path | str | None = None,
     device: torch.device | str | None = None,
-    skip: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
+    scale: Scale = "amax",
+    per_channel: bool = False,
+    rest_dtype: str = "auto",
+    activations: Mapping[str, float] | None = None,
+    threads: int | None = None,
 ) -> ConversionReport:
     """Write a WAN checkpoint in another dialect, format or spelling.
 
@@ -49,26 +97,36 @@ def convert(
         to: bf16, or a producer's dialect and format, such as comfy-fp8-scaled or modelopt-nvfp4.
         names: "original", "diffusers", or "keep" for the source's own; a prefix is dropped.
         dialect, reference: settle what `src` is, as for `patch`.
-        device: where to quantise; None is the GPU when there is one. The result is the same on each.
-        skip: patterns of module paths (either spelling, `*` as in a shell) to leave unquantised.
+        device: where to quantise; None is the GPU when there is one.
+        keep: pattern(s) of module paths (either spelling, `*` as in a shell) to leave unquantised.
+        scale: "amax", or "mse" to search for the scales with the least squared error (FP8: a scale a tensor or channel;
+            NVFP4: every block's).
+        per_channel: FP8 with one scale an output channel, for the targets that can hold it.
+        rest_dtype: of what is not quantised: "auto" (norms, biases and modulation fp32, other weights as the source has
+            them), "keep" (all as the source has them), "fp32", "bf16" or "fp16".
+        activations: original module path -> the largest magnitude of the layer's input, as `calibrate` records it; the
+            file then gets static input scales, amax / 448 (FP8) or amax / 2688 (NVFP4).
+        threads: layers to work on at a time, as far as memory allows; None is the number of cores, at most 4.
 
-    From an unquantised file, the Linears of the blocks are quantised with one fp32 scale a tensor. A quantised file's
-    own choice of layers is kept, except that embeddings and the head are not quantised anew. Norms, biases and
-    modulation are written in fp32; with to="bf16", so is everything but the blocks' weights.
+    From an unquantised file, the Linears of the blocks are quantised. A quantised file's own choice of layers is kept,
+    except that embeddings and the head are not quantised anew. With to="bf16" the blocks' weights are written in bf16
+    and everything else, with rest_dtype="auto", in fp32.
 
     Returns a ConversionReport. Raises CheckpointError and its subclasses for what cannot be read right, InvalidOption
     for what cannot be written, NothingToPatch when no layer would be quantised; nothing is then left half-written.
     """
     began = time.monotonic()
-    run_on = device_named(device)
-    target = _target(to, names, tuple(skip))
+    making = Making(device_named(device), scale, activations, _threads(threads))
+    patterns = (keep,) if isinstance(keep, str) else tuple(keep)
+    target = _target(to, names, patterns, per_channel, rest_dtype, activations is not None)
     source = open_checkpoint(src, dialect=dialect, reference=reference)
     if names == "keep":
         target = dataclasses.replace(target, spelling=source.spelling)
-    _check_skip(source, target)
+    _check_keep(source, target)
     steps = decide(source, target)
     _refuse_nothing(steps, target)
-    errors = _execute(source, Path(dst), target, steps, run_on)
+    _check_making(making, steps, target)
+    errors = _execute(source, Path(dst), target, steps, making)
     return _report(source, Path(dst), target, steps, errors, time.monotonic() - began)
 
 
@@ -81,23 +139,45 @@ def targets() -> dict[str, tuple[Dialect, str]]:
     }
 
 
-def _target(to: str, names: str, skip: tuple[str, ...]) -> Target:
+def _target(
+    to: str, names: str, keep: tuple[str, ...], per_channel: bool, rest: str, calibrated: bool
+) -> Target:
     known = targets()
     if to not in known:
         raise UnknownName("conversion target", to, sorted(known))
     if names not in ("keep", *SPELLINGS):
         raise UnknownName("spelling", names, ("keep", *SPELLINGS))
+    if rest not in ("auto", "keep", *REST):
+        raise UnknownName("rest_dtype", rest, ("auto", "keep", *REST))
     dialect, held = known[to]
+    able = [name for name, (record, _) in known.items() if name in record.per_channel]
+    if per_channel and to not in able:
+        raise InvalidOption(
+            f"per_channel: {to} holds one scale a tensor. One scale an output channel is for {', '.join(able)}."
+        )
+    wide = per_channel or dialect.per_channel.get(to) == "always"
     spelling = SPELLINGS["original" if names == "keep" else names]
-    return Target(to, dialect, None if held == "bf16" else held, spelling, skip)
+    target = Target(to, dialect, None if held == "bf16" else held, spelling, keep, wide, rest, calibrated)
+    if calibrated and not holds_input_scales(target):
+        raise InvalidOption(
+            f"{to} has no place for calibrated input scales: its activations are quantised as they come. Leave the "
+            "calibration out."
+        )
+    return target
 
 
-def _check_skip(source: Checkpoint, target: Target) -> None:
+def _threads(asked: int | None) -> int:
+    if asked is not None and asked < 1:
+        raise InvalidOption(f"threads={asked}: at least one is needed.")
+    return asked or min(os.cpu_count() or 1, MOST_THREADS)
+
+
+def _check_keep(source: Checkpoint, target: Target) -> None:
     modules = [*source.layers, *(p.removesuffix(".weight") for p in source.plain if p.endswith(".weight"))]
-    for pattern in target.skip:
+    for pattern in target.keep:
         if not any(matches(pattern, module) for module in modules):
             raise InvalidOption(
-                f"skip={pattern!r} matches no module of {source.path}. Paths look like {modules[0]!r}; "
+                f"keep={pattern!r} matches no module of {source.path}. Paths look like {modules[0]!r}; "
                 "`*` stands for any characters."
             )
 
@@ -107,17 +187,37 @@ def _refuse_nothing(steps: Mapping[str, Step], target: Target) -> None:
         raise NothingToPatch(
             f"no layer would be held in {target.format}: "
             + "; ".join(sorted({s.reason for s in steps.values()}))
-            + ". Check skip=, or use to='bf16'."
+            + ". Check keep=, or use to='bf16'."
+        )
+
+
+def _check_making(making: Making, steps: Mapping[str, Step], target: Target) -> None:
+    """Refuse a search that would do nothing, and a calibration that leaves layers out."""
+    if making.scale not in SCALES:
+        raise UnknownName("scale", making.scale, SCALES)
+    if making.scale == "mse" and target.format not in SEARCHED:
+        raise InvalidOption(
+            f"scale='mse' searches the scales of {', '.join(SEARCHED)}; {target.name} has none to search."
+        )
+    if making.scale == "mse" and not any(step.action in ANEW for step in steps.values()):
+        raise InvalidOption(
+            "scale='mse' searches the scales of layers that are quantised, and here every layer's codes and scales are "
+            "carried over as they are. Leave it out, or convert from the bf16 original."
+        )
+    wanted = [step.module for step in steps.values() if step.input_scale == "calibrated"]
+    missing = [m for m in wanted if not 0 < (making.activations or {}).get(m, 0.0) < float("inf")]
+    if missing:
+        raise InvalidOption(
+            f"the calibration has no amax for {len(missing)} of {len(wanted)} layers, the first {missing[0]!r}: no "
+            "prompt reached them, or it was made for another model. A made-up scale would clip or drown the signal."
         )
 
 
 def _execute(
-    source: Checkpoint, dst: Path, target: Target, steps: Mapping[str, Step], device: torch.device
+    source: Checkpoint, dst: Path, target: Target, steps: Mapping[str, Step], making: Making
 ) -> dict[str, float]:
     """Write the new file; returns the relative L2 error that each newly quantised layer got."""
-    held = {
-        s.path.removesuffix(".weight"): str(target.format) for s in steps.values() if s.action in QUANTISING
-    }
+    held = {s.module: str(target.format) for s in steps.values() if s.action in QUANTISING}
     marks = target.dialect.marks(held)
     specs = {key: spec for step in steps.values() for key, spec in step.specs.items()}
     specs |= {key: spec_of(tensor) for key, tensor in marks.tensors.items()}
@@ -126,9 +226,11 @@ def _execute(
     with new_safetensors(dst, specs, metadata, source=source.path) as write:
         for key, tensor in marks.tensors.items():
             write(key, tensor)
-        for item in watched(_read(source, steps, device), source, "converting"):
-            for key, tensor in _converted(item, steps[item.path], target, errors).items():
+        for made in watched(_made(source, steps, target, making), source, "converting"):
+            for key, tensor in made.tensors.items():
                 write(key, tensor)
+            if made.error is not None:
+                errors[steps[made.path].module] = made.error
     return errors
 
 
@@ -145,33 +247,84 @@ def _marker(source: Checkpoint, target: Target, layout: Mapping[str, str]) -> st
     )
 
 
-def _read(source: Checkpoint, steps: Mapping[str, Step], device: torch.device) -> Iterator[Loaded]:
-    for path in steps:
-        if path in source.layers:
-            slots = {name: tensor.to(device) for name, tensor in read_layer(source, path).items()}
-            yield Loaded(path, source.layers[path].format, slots)
-        else:
-            yield Loaded(path, None, {"tensor": read_plain(source, path).to(device)})
+def _made(source: Checkpoint, steps: Mapping[str, Step], target: Target, making: Making) -> Iterator[Made]:
+    """Every step's tensors, in the steps' order."""
+    read = sizes_of(source)
+    return ahead(
+        steps.values(),
+        lambda step: _step_made(source, step, target, making),
+        lambda step: read[step.path] + sum(spec.nbytes for spec in step.specs.values()),
+        threads=making.threads,
+        budget=BUDGET,
+    )
 
 
-def _converted(item: Loaded, step: Step, target: Target, errors: dict[str, float]) -> dict[str, torch.Tensor]:
-    """The new file's tensors of one layer or plain tensor."""
-    module = step.path.removesuffix(".weight")
+def _step_made(source: Checkpoint, step: Step, target: Target, making: Making) -> Made:
+    layer = source.layers.get(step.path)
+    if layer is None:
+        plain = read_plain(source, step.path).to(making.device)
+        if step.action == "kept":
+            return Made(step.path, _kept(source, step, plain))
+        return _quantised(step, plain_weight(plain), {}, target, making)
+    slots = {name: tensor.to(making.device) for name, tensor in read_layer(source, step.path).items()}
     if step.action == "exact":
-        return encoded(module, item.slots, target)
-    weight = item.slots["tensor"] if item.format is None else FORMATS[item.format].dequantize(item.slots)
-    if step.action not in QUANTISING:
-        assert step.dtype is not None
-        return {key: weight.to(step.dtype) for key in step.specs}
+        return Made(step.path, encoded(step.module, _carried(slots, step, target, making), target))
+    weight = quantised_weight(layer.format, slots, layer.shape)
+    if step.action == "requantised":
+        return _quantised(step, weight, slots, target, making)
+    assert step.dtype is not None
+    dense = cast(weight, step.dtype, making.device)
+    _check_range(source, step, dense)
+    return Made(step.path, dict.fromkeys(step.specs, dense))
+
+
+def _kept(source: Checkpoint, step: Step, plain: torch.Tensor) -> dict[str, torch.Tensor]:
+    assert step.dtype is not None
+    tensor = plain.to(step.dtype)
+    _check_range(source, step, tensor)
+    return dict.fromkeys(step.specs, tensor)
+
+
+def _check_range(source: Checkpoint, step: Step, tensor: torch.Tensor) -> None:
+    if tensor.dtype == torch.float16 and not bool(torch.isfinite(tensor).all()):
+        key = source.plain.get(step.path, step.path)
+        raise BadTensor(
+            source.path, key, "it has values beyond fp16's 65504; write the rest in bf16 or fp32."
+        )
+
+
+def _carried(
+    slots: Mapping[str, torch.Tensor], step: Step, target: Target, making: Making
+) -> dict[str, torch.Tensor]:
+    """The slots of a layer as they are; a scale a tensor is repeated where the target has one an output channel."""
+    carried = {**slots, **_input_scale(slots, step, target, making)}
+    if step.input_scale is None:
+        carried.pop("input_scale", None)
+    if target.per_channel and "scale" in carried:
+        carried["scale"] = carried["scale"].expand(carried["payload"].shape[0], 1).contiguous()
+    return carried
+
+
+def _quantised(
+    step: Step, weight: Weight, slots: Mapping[str, torch.Tensor], target: Target, making: Making
+) -> Made:
     assert target.format is not None
-    weight = weight.float()
-    slots = FORMATS[target.format].quantize(weight, False)
-    norm = weight.norm()
-    off = (FORMATS[target.format].dequantize(slots) - weight).norm()
-    errors[module] = (off / norm).item() if norm > 0 else 0.0
-    if step.input_scale:
-        slots["input_scale"] = item.slots["input_scale"]
-    return encoded(module, slots, target)
+    new, error = quantise(weight, target.format, per_channel=target.per_channel, scale=making.scale)
+    new |= _input_scale(slots, step, target, making)
+    return Made(step.path, encoded(step.module, new, target), error)
+
+
+def _input_scale(
+    slots: Mapping[str, torch.Tensor], step: Step, target: Target, making: Making
+) -> dict[str, torch.Tensor]:
+    """The slot "input_scale" [1, 1] where the step says that the layer gets one."""
+    if step.input_scale is None:
+        return {}
+    if step.input_scale == "carried":
+        return {"input_scale": slots["input_scale"]}
+    assert making.activations is not None and target.format is not None
+    amax = making.activations[step.module]
+    return {"input_scale": torch.full((1, 1), amax / ACTIVATION_TOP[target.format], device=making.device)}
 
 
 def _report(
@@ -198,12 +351,18 @@ def _report(
         bytes_before=source.path.stat().st_size,
         bytes_after=dst.stat().st_size,
         seconds=seconds,
-        notes=_notes(source, steps),
+        notes=_notes(source, target, steps),
     )
 
 
-def _notes(source: Checkpoint, steps: Mapping[str, Step]) -> tuple[str, ...]:
+def _notes(source: Checkpoint, target: Target, steps: Mapping[str, Step]) -> tuple[str, ...]:
     notes = []
+    already = all(step.action in ("exact", "kept") for step in steps.values())
+    if source.layers and already and source.dialect is target.dialect:
+        notes.append(
+            f"The source is {target.name} already: every layer's codes and scales are its own, and only names, the "
+            "dtype of what is not quantised and the header's marks can differ."
+        )
     twice = sum(step.action == "requantised" for step in steps.values())
     if twice:
         notes.append(
@@ -211,7 +370,7 @@ def _notes(source: Checkpoint, steps: Mapping[str, Step]) -> tuple[str, ...]:
             "from the bf16 original where you have it."
         )
     dropped = sum(
-        any(s.slot == "input_scale" for s in layer.sources) and not steps[path].input_scale
+        "input_scale" in slots_of(layer) and steps[path].input_scale is None
         for path, layer in source.layers.items()
     )
     if dropped:

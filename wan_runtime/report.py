@@ -1,12 +1,10 @@
-"""What a patch or a conversion did, as a value, as a table and as JSON."""
+"""What a patch did, as a value, as a table and as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich.console import Console, RenderableType
@@ -53,7 +51,7 @@ class Report:
         """Rows of like layers: how many, what they hold, who multiplies."""
         title = f"{self.host} on {self.device}" + (f", {self.variant}" if self.variant else "")
         caption = (
-            f"parameters {_gib(self.bytes_before)} -> {_gib(self.bytes_after)}, computing in {self.dtype}"
+            f"parameters {gib(self.bytes_before)} -> {gib(self.bytes_after)}, computing in {self.dtype}"
         )
         if self.already:
             title += " (patched before; nothing was done)"
@@ -64,69 +62,6 @@ class Report:
             table.add_column(heading, justify="right" if heading == "layers" else "left")
         for row, count in _rows(self.decisions).items():
             table.add_row(str(count), *row)
-        return table
-
-    def __str__(self) -> str:
-        return as_text(self.table())
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """The outcome of `convert`.
-
-    counts  (action, reason, how many), in the words of wan_runtime.transcoding.Step.
-    errors  original module path -> relative L2 distance between the new weight and the one read, for every layer that
-            was quantised or requantised. For a requantised layer it comes on top of the source's own error.
-    """
-
-    source: str
-    destination: str
-    target: str
-    variant: str
-    source_dialect: str
-    evidence: str
-    dialect: str
-    source_names: str
-    names: str
-    counts: tuple[tuple[str, str, int], ...]
-    errors: Mapping[str, float]
-    bytes_before: int
-    bytes_after: int
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-    def count(self, action: str) -> int:
-        """How many layers or tensors were `exact`, `requantised`, `quantised`, `dequantised` or `kept`."""
-        return sum(number for name, _, number in self.counts if name == action)
-
-    def to_dict(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
-
-    def table(self) -> Table:
-        caption = [
-            f"{self.source_dialect} ({self.evidence}) -> {self.dialect}; names {self.source_names} -> {self.names}",
-            f"{_gib(self.bytes_before)} -> {_gib(self.bytes_after)} in {self.seconds:.1f} s",
-        ]
-        if self.errors:
-            worst = max(self.errors, key=lambda path: self.errors[path])
-            median = statistics.median(self.errors.values())
-            caption.append(
-                f"error added to the quantised layers (relative L2): median {median:.4f}, "
-                f"largest {self.errors[worst]:.4f} at {worst}"
-            )
-        table = Table(
-            title=f"{self.destination}: {self.variant}, {self.target}",
-            caption="\n".join((*caption, *self.notes)),
-            caption_justify="left",
-        )
-        table.add_column("tensors", justify="right")
-        table.add_column("were")
-        table.add_column("why")
-        for action, reason, count in self.counts:
-            table.add_row(str(count), action, reason)
         return table
 
     def __str__(self) -> str:
@@ -154,5 +89,6 @@ def _rows(decisions: tuple[Decision, ...]) -> Counter[tuple[str, str, str, str]]
     )
 
 
-def _gib(count: int) -> str:
+def gib(count: int) -> str:
+    """A number of bytes in words."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
