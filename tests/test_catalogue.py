@@ -89,7 +89,7 @@ def test_a_broken_entry_is_a_defect_and_not_an_absence(colours: Path) -> None:
         catalogue["other"]
 
 
-@pytest.mark.parametrize("package", ["formats", "dialects", "names", "backends", "patches"])
+@pytest.mark.parametrize("package", ["containers", "formats", "dialects", "names", "backends", "patches"])
 def test_every_entry_of_the_library_loads_under_its_own_name(package: str) -> None:
     import importlib
 

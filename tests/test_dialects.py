@@ -12,11 +12,11 @@ from tests.builders.codes import tile_order
 from tests.builders.files import WRITERS
 from tests.reading import CASES, FIRST, QUANTISED, assert_reads, content
 from wan_runtime.checkpoint import open_checkpoint, read_layer, read_plain
+from wan_runtime.containers import read_header
 from wan_runtime.dialects import DIALECTS, identify
 from wan_runtime.dialects._swizzle import swizzle, unswizzle
 from wan_runtime.errors import CheckpointError, UnknownName
 from wan_runtime.formats import FORMATS
-from wan_runtime.header import read_header
 
 
 def test_every_dialect_has_an_independent_writer() -> None:

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
+from wan_runtime.containers import read_header
 from wan_runtime.errors import BadTensor, CheckpointError
-from wan_runtime.header import DTYPES, SPELLINGS, read_header
+from wan_runtime.header import DTYPES, SPELLINGS
 
 
 def _raw(folder: Path, header: bytes, data: bytes = b"", length: int | None = None) -> Path:
@@ -83,7 +84,7 @@ def test_a_folder_with_one_file_is_that_file(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     assert read_header(str(tmp_path)).path == tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(1)}, tmp_path / "model-2.safetensors")
-    _refused(tmp_path, "holds 2 .safetensors files", "name the one")
+    _refused(tmp_path, "holds 2 checkpoints", "model.safetensors", "model-2.safetensors", "Name the one")
 
 
 def test_a_config_of_a_diffusers_model_lies_beside_the_file(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from wan_runtime.containers import read_header
 from wan_runtime.errors import UnaccountedTensors
-from wan_runtime.header import read_header
 from wan_runtime.writing import new_safetensors, spec_of
 
 DTYPES = [

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from wan_runtime import rules
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint
+from wan_runtime.containers import read_header
 from wan_runtime.dialects import DIALECTS
 from wan_runtime.errors import AmbiguousDialect, CheckpointError
-from wan_runtime.header import Entry, Header, read_header
+from wan_runtime.header import Entry, Header
 from wan_runtime.names import naming_of, to_original
 
 INPUT_SCALES = ("input_scale", "scale_input", "input_global_scale")
@@ -96,7 +97,7 @@ def anatomy_of(path: Path | str) -> Anatomy:
     leaves = Counter(leaf for parts in layers.values() for leaf in parts)
     return Anatomy(
         path=str(header.path),
-        bytes=header.path.stat().st_size,
+        bytes=header.nbytes,
         tensors=len(entries),
         names=spelling.name,
         prefix=prefix,

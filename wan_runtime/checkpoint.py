@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from wan_runtime import corrections
+from wan_runtime.containers import read_header
 from wan_runtime.corrections import effective_weight
 from wan_runtime.dialects import DIALECTS, Dialect, Layer, Reading, identify
 from wan_runtime.errors import AmbiguousDialect, BadTensor, CheckpointError
 from wan_runtime.formats import FORMATS, BadSlot, check_cast
-from wan_runtime.header import DTYPES, Header, read_header
+from wan_runtime.header import DTYPES, Header
 from wan_runtime.names import Spelling, Variant, naming_of, to_original, variant_of
 
 LAYERS_COMPARED = 4  # enough to tell readings apart: a wrong one is off by 0.4 or more, the right one by 0.1
@@ -204,11 +203,11 @@ def stream(checkpoint: Checkpoint, device: torch.device) -> Iterator[Loaded]:
     owners = {source.key: path for path, layer in checkpoint.layers.items() for source in layer.sources}
     tensors = {key: path for path, key in checkpoint.plain.items()}
     waiting: dict[str, dict[str, torch.Tensor]] = {}
-    with _opened(checkpoint.path) as file:
+    with checkpoint.header.opened() as read:
         for key in checkpoint.header.entries:
             if key in checkpoint.markers:
                 continue
-            tensor = file.get_tensor(key).to(device)
+            tensor = read(key).to(device)
             if key in tensors:
                 yield Loaded(tensors[key], None, {"tensor": _plain_tensor(checkpoint, key, tensor)})
                 continue
@@ -218,14 +217,6 @@ def stream(checkpoint: Checkpoint, device: torch.device) -> Iterator[Loaded]:
             slots |= _decoded(checkpoint, layer, key, tensor)
             if len(slots) == len(layer.sources):
                 yield Loaded(path, layer.format, _complete(checkpoint, layer, waiting.pop(path)))
-
-
-def _opened(path: Path) -> Any:
-    """The file memory-mapped; the safetensors library has its own eyes on the header."""
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(path, f"the safetensors library refuses the file ({error}).") from error
 
 
 def _plain_tensor(checkpoint: Checkpoint, key: str, tensor: torch.Tensor) -> torch.Tensor:

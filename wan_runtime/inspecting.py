@@ -64,7 +64,7 @@ def inspect_checkpoint(path: Path | str, dialect: str | None = None) -> Inspecti
     name = str(variant.pop("name"))
     return Inspection(
         path=str(header.path),
-        bytes=header.path.stat().st_size,
+        bytes=header.nbytes,
         variant=name,
         sizes=variant,
         names=checkpoint.spelling.name,
