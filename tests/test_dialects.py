@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.builders import files
 from tests.builders.codes import tile_order
 from tests.builders.files import WRITERS
 from tests.reading import CASES, FIRST, QUANTISED, assert_reads, content
@@ -101,8 +102,9 @@ def test_what_a_dialect_writes_is_what_its_producer_writes(
 ) -> None:
     """Read an independent file into slots, encode the slots again, and compare with the file byte for byte."""
     wanted = content(dialect, weight_format)
-    leaf = "scale_input" if dialect == "comfy_scaled_fp8" else "input_scale"
-    wanted.tensors[f"{FIRST}.{leaf}"] = torch.tensor(0.125)
+    leaf = files.input_scale_leaf(dialect, weight_format)
+    if leaf is not None:
+        wanted.tensors[f"{FIRST}.{leaf}"] = torch.tensor(0.125)
     checkpoint = open_checkpoint(wanted.write(tmp_path))
     for path in checkpoint.layers:
         encoded = DIALECTS[dialect].encode(weight_format, read_layer(checkpoint, path))

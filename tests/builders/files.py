@@ -12,7 +12,20 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from tests.builders.codes import E2M1, E4M3, E5M2, Bytes, Floats, nearest, pack, tile_order
+from tests.builders.codes import (
+    E2M1,
+    E3M2,
+    E4M3,
+    E5M2,
+    E8M0,
+    INT8,
+    Bytes,
+    Floats,
+    nearest,
+    pack,
+    pack6,
+    tile_order,
+)
 
 TABLES = {"fp8": E4M3, "fp8_e5m2": E5M2}
 DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -61,6 +74,34 @@ def nvfp4(weight: Floats) -> tuple[Bytes, Bytes, float, Floats]:
     step = (E4M3[block_codes] * scale)[..., None]
     codes = nearest(blocks / step, E2M1)
     return codes.reshape(out, inp), block_codes, scale, (E2M1[codes] * step).reshape(out, inp)
+
+
+def int8(weight: Floats, scale: Floats) -> tuple[Bytes, Floats]:
+    """int8 codes, their bytes, under scales that broadcast; and the weight they mean."""
+    codes = np.clip(np.rint(weight / scale), -128, 127).astype(np.int8).view(np.uint8)
+    return codes, INT8[codes] * scale
+
+
+def block_scales(weight: Floats, side: int, top: float) -> tuple[Floats, Floats]:
+    """amax / top of each side x side block, fp32-rounded: as a file holds them, and one a weight."""
+    out, inp = weight.shape
+    scale = np.empty((-(-out // side), -(-inp // side)))
+    for row in range(scale.shape[0]):
+        for col in range(scale.shape[1]):
+            block = weight[row * side : (row + 1) * side, col * side : (col + 1) * side]
+            scale[row, col] = np.float32(np.abs(block).max() / top)
+    return scale, scale[np.arange(out)[:, None] // side, np.arange(inp)[None] // side]
+
+
+def mx(weight: Floats, table: Floats) -> tuple[Bytes, Bytes, Floats]:
+    """Codes [out, in], E8M0 block scales [out, in / 32] that hold each block, and the weight they mean."""
+    out, inp = weight.shape
+    blocks = weight.reshape(out, inp // 32, 32)
+    top = np.nanmax(table[np.isfinite(table)])
+    byte = (np.ceil(np.log2(np.abs(blocks).max(axis=2) / top)) + 127).astype(np.uint8)
+    step = E8M0[byte][..., None]
+    codes = nearest(blocks / step, table)
+    return codes.reshape(out, inp), byte, (table[codes] * step).reshape(out, inp)
 
 
 def _scalar(value: float) -> torch.Tensor:
@@ -139,6 +180,59 @@ def modelopt(state: dict[str, torch.Tensor], modules: list[str], weight_format: 
     return content
 
 
+MX = {"mxfp8": E4M3, "mxfp6": E3M2, "mxfp4": E2M1}
+
+
+def lightx2v(state: dict[str, torch.Tensor], modules: list[str], weight_format: str) -> Content:
+    """D1, D3 to D7: scales a row or a 128 x 128 block; NVFP4 as released, even-low; block scales in tile order."""
+    content = Content(dict(state))
+    for module, weight in _layers(state, modules).items():
+        if weight_format in MX:
+            new, content.weights[module] = _lightx2v_mx(weight, weight_format)
+        elif weight_format == "nvfp4":
+            codes, block_codes, scale, meant = nvfp4(weight)
+            inputs, alpha = 512.0, float(np.float32(1 / (512 * np.float64(np.float32(1 / scale)))))
+            new = {
+                "weight": codes_as(pack(codes, even_high=False)),
+                "weight_scale": codes_as(tile_order(block_codes), torch.float8_e4m3fn),
+                "alpha": _scalar(alpha),
+                "input_global_scale": _scalar(inputs),
+            }
+            content.weights[module] = meant / scale * (alpha * inputs)
+        else:
+            new, content.weights[module] = _lightx2v_scaled(weight, weight_format)
+        content.tensors |= {f"{module}.{leaf}": tensor for leaf, tensor in new.items()}
+    return content
+
+
+def _lightx2v_mx(weight: Floats, weight_format: str) -> tuple[dict[str, torch.Tensor], Floats]:
+    codes, byte, meant = mx(weight, MX[weight_format])
+    packed = {
+        "mxfp8": lambda: codes,
+        "mxfp6": lambda: pack6(codes),
+        "mxfp4": lambda: pack(codes, even_high=False),
+    }
+    scales = codes_as(tile_order(byte), torch.float8_e8m0fnu)
+    return {"weight": codes_as(packed[weight_format]()), "weight_scale": scales}, meant
+
+
+def _lightx2v_scaled(weight: Floats, weight_format: str) -> tuple[dict[str, torch.Tensor], Floats]:
+    whole = weight_format.startswith("int8")
+    top = 127 if whole else 448
+    if weight_format.endswith("_block"):
+        scale, each = block_scales(weight, 128, top)
+    else:
+        scale = (np.abs(weight).max(axis=1, keepdims=True) / top).astype(np.float32).astype(np.float64)
+        each = scale
+    if whole:
+        codes, meant = int8(weight, each)
+    else:
+        codes = nearest(weight / each, E4M3)
+        meant = E4M3[codes] * each
+    dtype = torch.int8 if whole else torch.float8_e4m3fn
+    return {"weight": codes_as(codes, dtype), "weight_scale": torch.from_numpy(scale).float()}, meant
+
+
 def _plain_scaled(
     content: Content, module: str, weight: Floats, weight_format: str
 ) -> dict[str, torch.Tensor]:
@@ -154,7 +248,18 @@ Writer = Callable[[dict[str, torch.Tensor], list[str], str], Content]
 WRITERS: dict[str, tuple[Writer, tuple[str, ...]]] = {
     "comfy": (comfy, ("fp8", "fp8_e5m2", "nvfp4")),
     "comfy_scaled_fp8": (comfy_scaled_fp8, ("fp8", "fp8_e5m2")),
+    "lightx2v": (
+        lightx2v,
+        ("fp8", "fp8_block", "int8", "int8_block", "nvfp4", "mxfp8", "mxfp6", "mxfp4"),
+    ),
     "modelopt": (modelopt, ("fp8", "nvfp4")),
     "plain": (plain, ("none",)),
     "plain_fp8": (plain_fp8, ("fp8", "fp8_e5m2")),
 }
+
+
+def input_scale_leaf(dialect: str, weight_format: str) -> str | None:
+    """The optional key of a layer's static input scale, which multiplies; None where a producer has no such key."""
+    if dialect == "lightx2v" and weight_format in ("nvfp4", *MX):
+        return None  # its NVFP4 has the reciprocal, and cannot do without it
+    return "scale_input" if dialect == "comfy_scaled_fp8" else "input_scale"

@@ -66,7 +66,7 @@ def code_slot(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
     return tensor.view(torch.uint8)
 
 
-def fp8_layer(header: Header, path: str, scale: str, input_scale: str, weight_format: str = "") -> Layer:
+def fp8_layer(header: Header, path: str, scale: str, input_leaf: str, weight_format: str = "") -> Layer:
     """An FP8 layer whose scale leaf is `scale`; the scale must be there (a missing one renders as noise).
 
     The weight's dtype decides between e4m3 and e5m2; `weight_format` does for codes stored as U8.
@@ -85,7 +85,7 @@ def fp8_layer(header: Header, path: str, scale: str, input_scale: str, weight_fo
         )
     _refuse_coded_scale(header, f"{path}.{scale}")
     sources = [Source(key, "payload", code_slot), Source(f"{path}.{scale}", "scale", scale_slot)]
-    sources += _input_scale(header, path, input_scale)
+    sources += input_scale(header, path, input_leaf)
     shape = (entry.shape[0], entry.shape[1])
     return Layer(path, FP8.get(entry.dtype, weight_format), shape, tuple(sources))
 
@@ -125,7 +125,7 @@ def nvfp4_layer(header: Header, path: str, payload: Source, block_scale: Source)
     _refuse_coded_scale(header, f"{path}.weight_scale_2")
     sources = (payload, block_scale, Source(f"{path}.weight_scale_2", "scale", scalar_slot))
     shape = (entry.shape[0], entry.shape[1] * 2)
-    return Layer(path, "nvfp4", shape, (*sources, *_input_scale(header, path, "input_scale")))
+    return Layer(path, "nvfp4", shape, (*sources, *input_scale(header, path, "input_scale")))
 
 
 def refuse_postprocessed(header: Header) -> None:
@@ -139,7 +139,8 @@ def refuse_postprocessed(header: Header) -> None:
         )
 
 
-def _input_scale(header: Header, path: str, leaf_name: str) -> list[Source]:
+def input_scale(header: Header, path: str, leaf_name: str) -> list[Source]:
+    """The source of a layer's static input scale, where it has one."""
     key = f"{path}.{leaf_name}"
     if key not in header.entries:
         return []

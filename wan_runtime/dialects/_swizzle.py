@@ -28,7 +28,7 @@ def swizzle(plain: torch.Tensor) -> torch.Tensor:
 def unswizzle(tiled: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     """uint8 in tile order -> uint8 [rows, cols] row-major; raises ValueError when the size is not the padded one."""
     full_rows, full_cols = padded(rows, cols)
-    if tiled.numel() != full_rows * full_cols:
+    if tuple(tiled.shape) != (full_rows, full_cols):
         raise ValueError(
             f"swizzled block scales of a {rows} x {cols} grid take {full_rows} x {full_cols} bytes; the file has "
             f"shape {list(tiled.shape)}."

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 import torch
 
-from wan_runtime.dialects import Dialect, Evidence, Layer, Marks, Reading, Source, _keys
+from wan_runtime.dialects import Dialect, Evidence, Layer, Marks, Reading, Source, _keys, _scaled
 from wan_runtime.header import Header
 
 # Keys of producers that share `weight_scale` but mean more by it than this dialect reads.
@@ -38,6 +38,8 @@ def detect(header: Header) -> Evidence | None:
         return Evidence(
             False, "Its NVFP4 layers carry no producer's mark, and both readings have the same shapes."
         )
+    if _scaled.has_wide_scales(header):
+        return None  # `lightx2v` reads them, to the same weights
     fp8 = any(e.dtype in _keys.FP8 for k, e in header.entries.items() if _keys.is_linear_weight(k, e))
     return Evidence(False, "FP8 with .weight_scale, which multiplies for every producer") if fp8 else None
 
@@ -49,7 +51,7 @@ def read(header: Header) -> Reading:
         if not _keys.is_linear_weight(key, entry):
             continue
         if entry.dtype in _keys.FP8:
-            layers[path] = _keys.fp8_layer(header, path, "weight_scale", "input_scale")
+            layers[path] = _scaled.layer(header, path)
         elif entry.dtype == "U8":
             layers[path] = _keys.nvfp4_layer(
                 header,
