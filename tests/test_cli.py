@@ -137,14 +137,14 @@ def test_convert_writes_a_file_and_says_what_it_did(fp8: Path, tmp_path: Path, c
     assert (info.dialect, info.names, dict(info.formats)) == ("modelopt", "diffusers", {"fp8": 20})
 
 
-def test_convert_takes_dialect_reference_and_skip(undecided: Path, tmp_path: Path) -> None:
+def test_convert_takes_dialect_reference_and_keep(undecided: Path, tmp_path: Path) -> None:
     new, reference = (
         tmp_path / "new.safetensors",
         files.Content(wan.state()).write(tmp_path, "reference.safetensors"),
     )
     for settled in (("--dialect", "modelopt"), ("--reference", reference)):
         status, text, said = quick(
-            "convert", undecided, new, "--to", "comfy-nvfp4", *settled, "--skip", "blocks.0.*", "--skip",
+            "convert", undecided, new, "--to", "comfy-nvfp4", *settled, "--keep", "blocks.0.*", "--keep",
             "*.ffn.0", "--json",
         )  # fmt: skip
         assert status == 0, said

@@ -9,6 +9,7 @@ from wan_runtime.version import VERSION
 
 if TYPE_CHECKING:
     from wan_runtime.api import inspect, load, patch, unpatch
+    from wan_runtime.calibrating import calibrate
     from wan_runtime.catalogue import Catalogue
     from wan_runtime.comparing import compare
     from wan_runtime.converting import convert
@@ -23,6 +24,7 @@ _HOME = {
     "load": "api",
     "unpatch": "api",
     "inspect": "api",
+    "calibrate": "calibrating",
     "compare": "comparing",
     "convert": "converting",
     "Catalogue": "catalogue",
@@ -44,6 +46,7 @@ __all__ = [
     "ClipRequest",
     "InvalidRequest",
     "WanRuntimeError",
+    "calibrate",
     "clip_profile",
     "compare",
     "convert",

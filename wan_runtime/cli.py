@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from wan_runtime.console import FAILED, Commands, complain, show, status_of, step_bar
+from wan_runtime.convert_command import convert
 from wan_runtime.errors import InvalidOption, WanRuntimeError
 from wan_runtime.options import (
     Activation,
@@ -29,6 +30,7 @@ from wan_runtime.options import (
     Reference,
     Skip,
     Weights,
+    sizes_of,
 )
 from wan_runtime.version import VERSION
 
@@ -102,33 +104,7 @@ def compare(
     show(wan_runtime.compare(a, b, layer=layer, errors=errors), as_json)
 
 
-@app.command()
-def convert(
-    src: Annotated[Path, typer.Argument(help="The checkpoint to read.")],
-    dst: Annotated[
-        Path, typer.Argument(help="The .safetensors file to write; replaced once it is complete.")
-    ],
-    to: Annotated[
-        str,
-        typer.Option(
-            help="bf16, comfy-fp8-scaled, comfy-fp8, comfy-nvfp4, modelopt-fp8 or modelopt-nvfp4.",
-            show_default=False,
-        ),
-    ],
-    names: Annotated[str, typer.Option(help="Module names to write: original, diffusers or keep.")] = "keep",
-    dialect: Dialect = None,
-    reference: Reference = None,
-    skip: Skip = None,
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write a checkpoint in another dialect, format or spelling; exact where both hold the same format."""
-    import wan_runtime
-
-    report = wan_runtime.convert(
-        src, dst, to, names, dialect=dialect, reference=reference, device=device, keep=tuple(skip or ())
-    )
-    show(report, as_json)
+app.command()(convert)
 
 
 @app.command()
@@ -209,7 +185,7 @@ def generate(
         "attention": attention, "fuse": fuse, "activation": activation, "skip": tuple(skip or ()),
     }  # fmt: skip
     request = {
-        "negative_prompt": negative_prompt, **_sizes(size), "num_frames": frames, "fps": fps,
+        "negative_prompt": negative_prompt, **sizes_of(size), "num_frames": frames, "fps": fps,
         "num_inference_steps": steps, "guidance_scale": guidance, "guidance_scale_2": guidance_2,
         "flow_shift": flow_shift, "seed": seed,
     }  # fmt: skip
@@ -284,15 +260,6 @@ def run(
     except Exception as error:  # the script's own, shown as Python shows it
         traceback.print_exc()
         raise typer.Exit(FAILED) from error
-
-
-def _sizes(size: str | None) -> dict[str, int]:
-    if size is None:
-        return {}
-    width, _, height = size.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise InvalidOption(f"--size {size!r} is not WIDTHxHEIGHT in pixels, such as 832x480.")
-    return {"width": int(width), "height": int(height)}
 
 
 def _dtype(name: str | None) -> Any:

@@ -96,4 +96,4 @@ def step_bar(total: int) -> Iterator[Callable[[int, int], None]]:
 
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("denoising", total=total)
-        yield lambda done, _: bar.update(task, completed=done)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

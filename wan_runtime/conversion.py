@@ -21,6 +21,68 @@ MOST = 0.1  # of the layers may be suggested: beyond, the format or the scales a
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """How much each layer lost by being quantised.
+
+    errors  (original module path, relative L2 error), the worst first.
+    """
+
+    errors: tuple[tuple[str, float], ...]
+
+    @property
+    def median(self) -> float:
+        """The median error, 0 without layers."""
+        return statistics.median(error for _, error in self.errors) if self.errors else 0.0
+
+    @property
+    def keep(self) -> tuple[str, ...]:
+        """The layers whose error stands out, for `keep`: at most a tenth of all, the worst first."""
+        if not self.errors:
+            return ()
+        median = self.median
+        spread = statistics.median(abs(error - median) for _, error in self.errors)
+        limit = max(median + OUTLYING * spread, LEAST * median)
+        outlying = [path for path, error in self.errors if error > limit]
+        return tuple(outlying[: int(MOST * len(self.errors))])
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "median": self.median,
+            "layers": [{"layer": path, "error": error} for path, error in self.errors],
+            "keep": list(self.keep),
+        }
+
+    def table(self) -> RenderableType:
+        """Every layer, and which to leave unquantised."""
+        if not self.errors:
+            return Text("No layer was quantised anew, so none lost anything.")
+        if not self.keep:
+            advice = "No layer stands out: leaving single ones unquantised would gain little."
+        else:
+            flags = " ".join(f"--keep {path}" for path in self.keep)
+            advice = f"These stand out, and are worth leaving unquantised:\n  {flags}"
+        return Group(self.rows(len(self.errors)), Text(advice))
+
+    def rows(self, shown: int) -> Table:
+        """The worst layers."""
+        left = len(self.errors) - shown
+        table = Table(
+            title=f"Error added to the layers (relative L2): median {self.median:.4f}",
+            title_justify="left",
+            caption=f"{left} more layers have less; --sensitivity lists them" if left > 0 else None,
+        )
+        table.add_column("layer")
+        table.add_column("error", justify="right")
+        table.add_column("of the median", justify="right")
+        for path, error in self.errors[:shown]:
+            table.add_row(path, f"{error:.4f}", f"{error / self.median:.2f}" if self.median else "-")
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self.table())
+
+
+@dataclass(frozen=True)
 class ConversionReport:
     """The outcome of `convert`.
 
@@ -50,33 +112,18 @@ class ConversionReport:
         return sum(number for name, _, number in self.counts if name == action)
 
     @property
-    def sensitivity(self) -> tuple[tuple[str, float], ...]:
-        """(original module path, error), the worst first."""
-        return tuple(sorted(self.errors.items(), key=lambda item: -item[1]))
-
-    @property
-    def suggested_keep(self) -> tuple[str, ...]:
-        """The layers whose error stands out from the others', for `keep`; at most a tenth of them, the worst first."""
-        if not self.errors:
-            return ()
-        median = statistics.median(self.errors.values())
-        spread = statistics.median(abs(error - median) for error in self.errors.values())
-        limit = max(median + OUTLYING * spread, LEAST * median)
-        outlying = [path for path, error in self.sensitivity if error > limit]
-        return tuple(outlying[: int(MOST * len(self.errors))])
+    def sensitivity(self) -> Sensitivity:
+        """The layers' errors, the worst first, and which layers to keep."""
+        return Sensitivity(tuple(sorted(self.errors.items(), key=lambda item: -item[1])))
 
     def to_dict(self) -> dict[str, object]:
-        return {
-            **dataclasses.asdict(self),
-            "sensitivity": [{"layer": path, "error": error} for path, error in self.sensitivity],
-            "suggested_keep": list(self.suggested_keep),
-        }
+        return {**dataclasses.asdict(self), "sensitivity": self.sensitivity.to_dict()}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
-    def table(self, *, sensitivity: bool = False) -> RenderableType:
-        """What became of the tensors, and the error of the layers: of a few, or with `sensitivity` of all."""
+    def table(self) -> RenderableType:
+        """What became of the tensors, and the layers that lost most."""
         caption = [
             f"{self.source_dialect} ({self.evidence}) -> {self.dialect}; names {self.source_names} -> {self.names}",
             f"{gib(self.bytes_before)} -> {gib(self.bytes_after)} in {self.seconds:.1f} s",
@@ -91,30 +138,7 @@ class ConversionReport:
         table.add_column("why")
         for action, reason, count in self.counts:
             table.add_row(str(count), action, reason)
-        if not self.errors:
-            return table
-        return Group(table, *self._errors(len(self.errors) if sensitivity else SHOWN, sensitivity))
-
-    def _errors(self, shown: int, advise: bool) -> list[RenderableType]:
-        median = statistics.median(self.errors.values())
-        left = len(self.errors) - shown
-        table = Table(
-            title=f"Error added to the layers (relative L2): median {median:.4f}",
-            title_justify="left",
-            caption=f"{left} more layers are nearer; --sensitivity lists them" if left > 0 else None,
-        )
-        table.add_column("layer")
-        table.add_column("error", justify="right")
-        table.add_column("of the median", justify="right")
-        for path, error in self.sensitivity[:shown]:
-            table.add_row(path, f"{error:.4f}", f"{error / median:.2f}" if median else "-")
-        return [table, *([Text(self._advice())] if advise else [])]
-
-    def _advice(self) -> str:
-        if not self.suggested_keep:
-            return "No layer stands out: leaving single ones unquantised would gain little."
-        flags = " ".join(f"--keep {path}" for path in self.suggested_keep)
-        return f"Stand out, and are worth leaving unquantised:\n  {flags}"
+        return Group(table, self.sensitivity.rows(SHOWN)) if self.errors else table
 
     def __str__(self) -> str:
         return as_text(self.table())

@@ -13,64 +13,35 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from wan_runtime.ahead import ahead
 from wan_runtime.backends import device_named
-from wan_runtime.checkpoint import Checkpoint, open_checkpoint, read_layer, read_plain
+from wan_runtime.checkpoint import Checkpoint, open_checkpoint
 from wan_runtime.conversion import ConversionReport
 from wan_runtime.dialects import DIALECTS, OWN_MARKER, Dialect
-from wan_runtime.errors import BadTensor, InvalidOption, NothingToPatch, UnknownName
+from wan_runtime.errors import InvalidOption, NothingToPatch, UnknownName
+from wan_runtime.making import Making, made
 from wan_runtime.names import SPELLINGS
-from wan_runtime.progress import sizes_of, watched
-from wan_runtime.quantising import SCALES, SEARCHED, Weight, cast, plain_weight, quantise, quantised_weight
+from wan_runtime.progress import watched
+from wan_runtime.quantising import SCALES, SEARCHED
 from wan_runtime.transcoding import (
-    ACTIVATION_TOP,
     ANEW,
     QUANTISING,
     REST,
     Step,
     Target,
     decide,
-    encoded,
     holds_input_scales,
     matches,
     slots_of,
 )
 from wan_runtime.version import VERSION
-from wan_runtime.writing import new_safetensors, spec_of
+from wan_runtime.writing import check_place, new_safetensors, spec_of
 
-BUDGET = 384 * 2**20  # bytes of layers read and quantised ahead of the one being written
 MOST_THREADS = 4
-
-Scale = Literal["amax", "mse"]
-
-
-@dataclass(frozen=True)
-class Making:
-    """How the steps are executed; the bytes written do not depend on `threads`.
-
-    activations: original module path -> largest magnitude of its input, or None.
-    """
-
-    device: torch.device
-    scale: Scale
-    activations: Mapping[str, float] | None
-    threads: int
-
-
-@dataclass(frozen=True)
-class Made:
-    """The new file's tensors of one layer or plain tensor, and the error that quantising it anew added."""
-
-    path: str
-    tensors: Mapping[str, torch.Tensor]
-    error: float | None = None
 
 
 def convert(
@@ -83,10 +54,10 @@ def convert(
     reference: Path | str | None = None,
     device: torch.device | str | None = None,
     keep: str | Sequence[str] = (),
-    scale: Scale = "amax",
+    scale: str = "amax",
     per_channel: bool = False,
     rest_dtype: str = "auto",
-    activations: Mapping[str, float] | None = None,
+    activations: Mapping[str, float] | Callable[[], Mapping[str, float]] | None = None,
     threads: int | None = None,
 ) -> ConversionReport:
     """Write a WAN checkpoint in another dialect, format or spelling.
@@ -104,8 +75,9 @@ def convert(
         per_channel: FP8 with one scale an output channel, for the targets that can hold it.
         rest_dtype: of what is not quantised: "auto" (norms, biases and modulation fp32, other weights as the source has
             them), "keep" (all as the source has them), "fp32", "bf16" or "fp16".
-        activations: original module path -> the largest magnitude of the layer's input, as `calibrate` records it; the
-            file then gets static input scales, amax / 448 (FP8) or amax / 2688 (NVFP4).
+        activations: original module path -> the largest magnitude of the layer's input, as `calibrate` records it, or
+            a function that records them, called when everything else is known to be right; the file then gets static
+            input scales, amax / 448 (FP8) or amax / 2688 (NVFP4).
         threads: layers to work on at a time, as far as memory allows; None is the number of cores, at most 4.
 
     From an unquantised file, the Linears of the blocks are quantised. A quantised file's own choice of layers is kept,
@@ -116,7 +88,7 @@ def convert(
     for what cannot be written, NothingToPatch when no layer would be quantised; nothing is then left half-written.
     """
     began = time.monotonic()
-    making = Making(device_named(device), scale, activations, _threads(threads))
+    making = Making(device_named(device), scale, None, _threads(threads))
     patterns = (keep,) if isinstance(keep, str) else tuple(keep)
     target = _target(to, names, patterns, per_channel, rest_dtype, activations is not None)
     source = open_checkpoint(src, dialect=dialect, reference=reference)
@@ -125,7 +97,10 @@ def convert(
     _check_keep(source, target)
     steps = decide(source, target)
     _refuse_nothing(steps, target)
-    _check_making(making, steps, target)
+    _check_scale(scale, steps, target)
+    check_place(Path(dst), source.path)
+    if activations is not None:
+        making = dataclasses.replace(making, activations=_recorded(activations, steps))
     errors = _execute(source, Path(dst), target, steps, making)
     return _report(source, Path(dst), target, steps, errors, time.monotonic() - began)
 
@@ -191,26 +166,34 @@ def _refuse_nothing(steps: Mapping[str, Step], target: Target) -> None:
         )
 
 
-def _check_making(making: Making, steps: Mapping[str, Step], target: Target) -> None:
-    """Refuse a search that would do nothing, and a calibration that leaves layers out."""
-    if making.scale not in SCALES:
-        raise UnknownName("scale", making.scale, SCALES)
-    if making.scale == "mse" and target.format not in SEARCHED:
+def _check_scale(scale: str, steps: Mapping[str, Step], target: Target) -> None:
+    """Refuse a search that would do nothing."""
+    if scale not in SCALES:
+        raise UnknownName("scale", scale, SCALES)
+    if scale == "mse" and target.format not in SEARCHED:
         raise InvalidOption(
             f"scale='mse' searches the scales of {', '.join(SEARCHED)}; {target.name} has none to search."
         )
-    if making.scale == "mse" and not any(step.action in ANEW for step in steps.values()):
+    if scale == "mse" and not any(step.action in ANEW for step in steps.values()):
         raise InvalidOption(
             "scale='mse' searches the scales of layers that are quantised, and here every layer's codes and scales are "
             "carried over as they are. Leave it out, or convert from the bf16 original."
         )
+
+
+def _recorded(
+    activations: Mapping[str, float] | Callable[[], Mapping[str, float]], steps: Mapping[str, Step]
+) -> Mapping[str, float]:
+    """The amax of every layer that is to get an input scale, and no layer without one."""
+    amax = activations() if callable(activations) else activations
     wanted = [step.module for step in steps.values() if step.input_scale == "calibrated"]
-    missing = [m for m in wanted if not 0 < (making.activations or {}).get(m, 0.0) < float("inf")]
+    missing = [module for module in wanted if not 0 < amax.get(module, 0.0) < float("inf")]
     if missing:
         raise InvalidOption(
             f"the calibration has no amax for {len(missing)} of {len(wanted)} layers, the first {missing[0]!r}: no "
             "prompt reached them, or it was made for another model. A made-up scale would clip or drown the signal."
         )
+    return amax
 
 
 def _execute(
@@ -226,11 +209,11 @@ def _execute(
     with new_safetensors(dst, specs, metadata, source=source.path) as write:
         for key, tensor in marks.tensors.items():
             write(key, tensor)
-        for made in watched(_made(source, steps, target, making), source, "converting"):
-            for key, tensor in made.tensors.items():
+        for new in watched(made(source, steps, target, making), source, "converting"):
+            for key, tensor in new.tensors.items():
                 write(key, tensor)
-            if made.error is not None:
-                errors[steps[made.path].module] = made.error
+            if new.error is not None:
+                errors[steps[new.path].module] = new.error
     return errors
 
 
@@ -245,86 +228,6 @@ def _marker(source: Checkpoint, target: Target, layout: Mapping[str, str]) -> st
             **layout,
         }
     )
-
-
-def _made(source: Checkpoint, steps: Mapping[str, Step], target: Target, making: Making) -> Iterator[Made]:
-    """Every step's tensors, in the steps' order."""
-    read = sizes_of(source)
-    return ahead(
-        steps.values(),
-        lambda step: _step_made(source, step, target, making),
-        lambda step: read[step.path] + sum(spec.nbytes for spec in step.specs.values()),
-        threads=making.threads,
-        budget=BUDGET,
-    )
-
-
-def _step_made(source: Checkpoint, step: Step, target: Target, making: Making) -> Made:
-    layer = source.layers.get(step.path)
-    if layer is None:
-        plain = read_plain(source, step.path).to(making.device)
-        if step.action == "kept":
-            return Made(step.path, _kept(source, step, plain))
-        return _quantised(step, plain_weight(plain), {}, target, making)
-    slots = {name: tensor.to(making.device) for name, tensor in read_layer(source, step.path).items()}
-    if step.action == "exact":
-        return Made(step.path, encoded(step.module, _carried(slots, step, target, making), target))
-    weight = quantised_weight(layer.format, slots, layer.shape)
-    if step.action == "requantised":
-        return _quantised(step, weight, slots, target, making)
-    assert step.dtype is not None
-    dense = cast(weight, step.dtype, making.device)
-    _check_range(source, step, dense)
-    return Made(step.path, dict.fromkeys(step.specs, dense))
-
-
-def _kept(source: Checkpoint, step: Step, plain: torch.Tensor) -> dict[str, torch.Tensor]:
-    assert step.dtype is not None
-    tensor = plain.to(step.dtype)
-    _check_range(source, step, tensor)
-    return dict.fromkeys(step.specs, tensor)
-
-
-def _check_range(source: Checkpoint, step: Step, tensor: torch.Tensor) -> None:
-    if tensor.dtype == torch.float16 and not bool(torch.isfinite(tensor).all()):
-        key = source.plain.get(step.path, step.path)
-        raise BadTensor(
-            source.path, key, "it has values beyond fp16's 65504; write the rest in bf16 or fp32."
-        )
-
-
-def _carried(
-    slots: Mapping[str, torch.Tensor], step: Step, target: Target, making: Making
-) -> dict[str, torch.Tensor]:
-    """The slots of a layer as they are; a scale a tensor is repeated where the target has one an output channel."""
-    carried = {**slots, **_input_scale(slots, step, target, making)}
-    if step.input_scale is None:
-        carried.pop("input_scale", None)
-    if target.per_channel and "scale" in carried:
-        carried["scale"] = carried["scale"].expand(carried["payload"].shape[0], 1).contiguous()
-    return carried
-
-
-def _quantised(
-    step: Step, weight: Weight, slots: Mapping[str, torch.Tensor], target: Target, making: Making
-) -> Made:
-    assert target.format is not None
-    new, error = quantise(weight, target.format, per_channel=target.per_channel, scale=making.scale)
-    new |= _input_scale(slots, step, target, making)
-    return Made(step.path, encoded(step.module, new, target), error)
-
-
-def _input_scale(
-    slots: Mapping[str, torch.Tensor], step: Step, target: Target, making: Making
-) -> dict[str, torch.Tensor]:
-    """The slot "input_scale" [1, 1] where the step says that the layer gets one."""
-    if step.input_scale is None:
-        return {}
-    if step.input_scale == "carried":
-        return {"input_scale": slots["input_scale"]}
-    assert making.activations is not None and target.format is not None
-    amax = making.activations[step.module]
-    return {"input_scale": torch.full((1, 1), amax / ACTIVATION_TOP[target.format], device=making.device)}
 
 
 def _report(

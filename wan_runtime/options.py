@@ -1,4 +1,4 @@
-"""The options that several commands of `wan-runtime` share."""
+"""The options that several commands of `wan-runtime` share, and what their values mean."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from wan_runtime.errors import InvalidOption
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Dialect = Annotated[
@@ -36,3 +38,13 @@ Activation = Annotated[
     str, typer.Option(help="Activation scales: dynamic (one a token) or static (the file's input_scale).")
 ]
 CheckpointLow = Annotated[Path | None, typer.Option(help="The low-noise expert of a two-expert model.")]
+
+
+def sizes_of(size: str | None) -> dict[str, int]:
+    """Width and height in pixels from "832x480"; nothing from nothing."""
+    if size is None:
+        return {}
+    width, _, height = size.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise InvalidOption(f"--size {size!r} is not WIDTHxHEIGHT in pixels, such as 832x480.")
+    return {"width": int(width), "height": int(height)}

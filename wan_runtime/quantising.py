@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -79,7 +78,7 @@ def cast(weight: Weight, dtype: torch.dtype, device: torch.device) -> torch.Tens
 
 
 def quantise(
-    weight: Weight, weight_format: str, *, per_channel: bool = False, scale: Literal["amax", "mse"] = "amax"
+    weight: Weight, weight_format: str, *, per_channel: bool = False, scale: str = "amax"
 ) -> tuple[dict[str, torch.Tensor], float]:
     """A weight's slots, and their relative L2 error.
 
@@ -87,7 +86,7 @@ def quantise(
         weight: finite values [out, in].
         weight_format: any format of the catalogue; scale="mse" is for SEARCHED alone.
         per_channel: one scale an output channel, for the formats that have the choice.
-        scale: how scales are chosen.
+        scale: how scales are chosen, one of SCALES.
     """
     if weight_format in SCALED:
         codes = SCALED[weight_format]

@@ -56,7 +56,7 @@ def new_safetensors(
     Raises InvalidOption when `path` cannot be a checkpoint's name or is the file being read (`source`),
     CheckpointError when the disk has no room, UnaccountedTensors when a tensor was not written.
     """
-    _check_place(path, source)
+    check_place(path, source)
     head, places = _laid_out(specs, metadata)
     size = len(head) + sum(spec.nbytes for spec in specs.values())
     _require_room(path, size)
@@ -77,7 +77,8 @@ def new_safetensors(
         file.truncate(size)  # tensors without elements at the end write nothing
 
 
-def _check_place(path: Path, source: Path | None) -> None:
+def check_place(path: Path, source: Path | None) -> None:
+    """Raise InvalidOption unless a new checkpoint may be written to `path`; `source` is the file being read."""
     if path.suffix != ".safetensors":
         raise InvalidOption(f"{path}: the new file's name must end in .safetensors; hosts find files by it.")
     if path.is_dir():
