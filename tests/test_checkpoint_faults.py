@@ -138,17 +138,16 @@ def test_block_scales_that_count_as_many_as_the_channels_are_refused(tmp_path: P
 
 
 SCALES = {"NaN": float("nan"), "infinite": float("inf"), "negative": -0.5, "zero": 0.0}
-GLOBAL = {"comfy_scaled_fp8": "scale_weight", "nvfp4": "weight_scale_2", "fp8": "weight_scale"}
+FLOAT_SCALED = [case for case in SCALED if files.float_scale_leaf(*case) is not None]
 
 
 @pytest.mark.parametrize("damage", SCALES)
-@pytest.mark.parametrize(("dialect", "weight_format"), SCALED)
+@pytest.mark.parametrize(("dialect", "weight_format"), FLOAT_SCALED)
 def test_a_damaged_scale_is_named(
     host: torch.nn.Module, tmp_path: Path, dialect: str, weight_format: str, damage: str
 ) -> None:
-    leaf = GLOBAL.get(dialect, GLOBAL[weight_format.removesuffix("_e5m2")])
     wanted = content(dialect, weight_format)
-    key = f"blocks.1.ffn.2.{leaf}"
+    key = f"blocks.1.ffn.2.{files.float_scale_leaf(dialect, weight_format)}"
     wanted.tensors[key] = torch.full_like(wanted.tensors[key], SCALES[damage])
     error = refused(host, wanted.write(tmp_path), BadTensor, damage)
     assert isinstance(error, BadTensor) and error.key == key
@@ -178,7 +177,9 @@ def test_a_damaged_input_scale_is_named(host: torch.nn.Module, tmp_path: Path, d
     assert isinstance(error, BadTensor) and error.key == f"{FIRST}.input_scale"
 
 
-@pytest.mark.parametrize(("dialect", "weight_format"), [case for case in QUANTISED if case[1] != "nvfp4"])
+@pytest.mark.parametrize(
+    ("dialect", "weight_format"), [case for case in QUANTISED if "fp8" in case[1]]
+)  # of the others every code is a number
 def test_a_nan_code_is_named(host: torch.nn.Module, tmp_path: Path, dialect: str, weight_format: str) -> None:
     wanted = content(dialect, weight_format)
     key = f"{FIRST}.weight"

@@ -73,19 +73,6 @@ FOREIGN: dict[
 ] = {  # what else is written beside, or instead of, a layer's weight by tools that are not read
     "quanto": {"weight._data": (I8, (128, 128)), "weight._scale": (torch.bfloat16, (128, 1))},
     "torchao": {"_weight_qdata": (F8, (128, 128)), "_weight_scale": (torch.float32, (128, 1))},
-    "LightX2V nvfp4, released": {
-        "weight": (U8, (128, 64)),
-        "weight_scale": (F8, (128, 8)),
-        "alpha": (torch.float32, ()),
-        "input_global_scale": (torch.float32, ()),
-    },
-    "LightX2V nvfp4, raw": {
-        "weight": (U8, (128, 64)),
-        "weight_scale": (F8, (128, 8)),
-        "weight_global_scale": (torch.float32, ()),
-    },
-    "LightX2V mxfp8": {"weight": (U8, (128, 128)), "weight_scale": (torch.float8_e8m0fnu, (128, 4))},
-    "LightX2V int8": {"weight": (I8, (128, 128)), "weight_scale": (torch.float32, (128, 1))},
     "compressed-tensors nvfp4": {
         "weight_packed": (U8, (128, 64)),
         "weight_scale": (F8, (128, 8)),
@@ -131,6 +118,8 @@ def test_a_tensor_that_changes_a_weight_s_meaning_is_not_left_out(
     tmp_path: Path, dialect: str, weight_format: str, leaf: str, shape: tuple[int, ...]
 ) -> None:
     wanted = content(dialect, weight_format)
+    if f"{FIRST}.{leaf}" in wanted.tensors:
+        return  # this dialect reads it
     wanted.tensors[f"{FIRST}.{leaf}"] = torch.ones(shape)
     with pytest.raises((UnaccountedTensors, UnknownDialect)) as caught:
         open_checkpoint(wanted.write(tmp_path))

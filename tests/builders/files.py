@@ -263,3 +263,12 @@ def input_scale_leaf(dialect: str, weight_format: str) -> str | None:
     if dialect == "lightx2v" and weight_format in ("nvfp4", *MX):
         return None  # its NVFP4 has the reciprocal, and cannot do without it
     return "scale_input" if dialect == "comfy_scaled_fp8" else "input_scale"
+
+
+def float_scale_leaf(dialect: str, weight_format: str) -> str | None:
+    """The key of a layer's fp32 scale (of the tensor, where there are two); None where only powers of two scale it."""
+    if weight_format in MX:
+        return None
+    if weight_format == "nvfp4":
+        return "alpha" if dialect == "lightx2v" else "weight_scale_2"
+    return "scale_weight" if dialect == "comfy_scaled_fp8" else "weight_scale"

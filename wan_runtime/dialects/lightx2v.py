@@ -31,6 +31,7 @@ import torch
 
 from wan_runtime.dialects import Dialect, Evidence, Layer, Marks, Reading, Source, _keys, _scaled, _swizzle
 from wan_runtime.errors import BadTensor, CheckpointError
+from wan_runtime.formats import check_scale
 from wan_runtime.header import Entry, Header
 
 GLOBAL_SCALES = ("alpha", "input_global_scale", "weight_global_scale")
@@ -131,18 +132,13 @@ def _mx_layer(header: Header, path: str, entry: Entry, mx: str) -> Layer:
 def _nvfp4_layer(header: Header, path: str, entry: Entry, mx: str) -> Layer:
     key = f"{path}.weight"
     given = {name: f"{path}.{name}" for name in GLOBAL_SCALES if f"{path}.{name}" in header.entries}
-    if "weight_global_scale" not in given and not {"alpha", "input_global_scale"} <= given.keys():
+    whole = {"alpha", "input_global_scale"} <= given.keys()
+    if not whole and ("weight_global_scale" not in given or "alpha" in given):
         raise BadTensor(
             header.path,
             key,
             "it is packed NVFP4 and its global scale is missing: .weight_global_scale, or .alpha with "
             f".input_global_scale. It has {', '.join(given) or 'none of them'}.",
-        )
-    if "alpha" in given and "input_global_scale" not in given:
-        raise BadTensor(
-            header.path,
-            given["alpha"],
-            f"it means nothing without {path}.input_global_scale, which is missing.",
         )
     sources = [
         Source(key, "payload", _keys.code_slot),
@@ -163,16 +159,17 @@ def _one_scale(given: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         product = (made * given["weight_global_scale"]).item()
         if not abs(product - 1) < AGREE:
             raise ValueError(
-                f"its global scales disagree: alpha * input_global_scale is {made.item():g} and 1 / weight_global_scale "
-                f"is {1 / given['weight_global_scale'].item():g}. Keys of two files were mixed."
+                f"its global scales disagree: alpha * input_global_scale is {made.item():g}, and that times "
+                f"weight_global_scale is {product:g}, not 1. Keys of two files were mixed."
             )
     return slots
 
 
 def _factor(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
     scale = _keys.scalar_slot(tensor, out, inp)
-    if not bool(torch.isfinite(scale) & (scale > 0)):
-        raise ValueError(f"a global scale must be positive and finite; it is {scale.item():g}.")
+    check_scale({"scale": scale}, "scale")
+    if not scale.item():
+        raise ValueError("this global scale is zero; every weight would vanish, or be infinite.")
     return scale
 
 
@@ -240,7 +237,7 @@ def marks(layers: Mapping[str, str]) -> Marks:
 DIALECT = Dialect(
     name="lightx2v",
     row="D1-D7",
-    meaning="LightX2V: NVFP4 with the even element in the low nibble, swizzled block scales, a global scale that divides",
+    meaning="LightX2V: NVFP4 with the even element in the low nibble, swizzled scales, a global scale that divides",
     detect=detect,
     read=read,
     targets={"lightx2v-fp8": "fp8", "lightx2v-nvfp4": "nvfp4"},
