@@ -29,12 +29,18 @@ LEVELS = ("debug", "info", "warning", "error")
 GRACE_SECONDS = 10  # for answers under way when the server is told to stop
 
 
+def _absolute(path: Path | None) -> Path | None:
+    """The path from the root, links not followed: in the hub's cache a shard's name is the link's, not the file's."""
+    return path and path.absolute()
+
+
 # Every option can also be given as WAN_SERVE_<OPTION>: containers are configured through their environment.
 @app.command(context_settings={"auto_envvar_prefix": "WAN_SERVE"})
 def serve(
-    checkpoint: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, resolve_path=True, help=(
-        "The transformer, a .safetensors file of any dialect. Without it the bundled tiny model is served."))] = None,
-    checkpoint_low: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, resolve_path=True, help=(
+    checkpoint: Annotated[Path | None, typer.Option(exists=True, callback=_absolute, help=(
+        "The transformer, of any dialect: a .safetensors file, or the folder or index of one in several files. "
+        "Without it the bundled tiny model is served."))] = None,
+    checkpoint_low: Annotated[Path | None, typer.Option(exists=True, callback=_absolute, help=(
         "The low-noise expert of a two-expert model; --checkpoint is then the high-noise one."))] = None,
     base: Annotated[str | None, typer.Option(help=(
         "Diffusers directory or hub id with the text encoder, VAE, tokenizer and scheduler."))] = None,

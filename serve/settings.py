@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 LOOPBACK_NAMES = ("localhost",)
+FILES = (".safetensors", ".gguf")
+# Names that say nothing of the model: the folder's does.
+IN_ALIKE = re.compile(r"(diffusion_pytorch_model.*|.+-\d{5}-of-\d{5}|block_\d+|non_block)\.safetensors")
+EXPERT_FOLDERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +41,12 @@ class Settings:
         """The name that clients give as `model`: the checkpoint's file name, or its folder's where all are alike."""
         if self.checkpoint is None:
             return "wan-tiny"
-        if self.checkpoint.stem != "diffusion_pytorch_model":
-            return self.checkpoint.stem
-        folder = self.checkpoint.absolute().parent
-        return folder.parent.name if folder.name == "transformer" else folder.name
+        whole = self.checkpoint.absolute()
+        in_parts = whole.name.endswith(".index.json") or IN_ALIKE.fullmatch(whole.name)
+        if whole.suffix in FILES and not in_parts:
+            return whole.stem
+        folder = whole.parent if whole.suffix in (*FILES, ".json") else whole
+        return folder.parent.name if folder.name in EXPERT_FOLDERS else folder.name
 
     @property
     def is_bundled(self) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 from wan_runtime.backends import device_named
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint, stream
+from wan_runtime.containers import locate
 from wan_runtime.errors import BackendUnavailable, InvalidOption
 from wan_runtime.fitting import check_fit, notes, refuse_damaged, refuse_nothing, require_input_scales
 from wan_runtime.inspecting import Inspection, inspect_checkpoint
@@ -49,7 +50,8 @@ def patch(
 
     Args:
         model: a WAN transformer (not the pipeline), on any device; on meta when a checkpoint is given.
-        checkpoint: a quantised or plain .safetensors file to load into the model; None quantises what it holds.
+        checkpoint: a quantised or plain checkpoint to load into the model: a .safetensors file, or the folder or index
+            of one in several files; None quantises what the model holds.
         weights: "auto" (what the file holds; fp8 without a file), "fp8", "nvfp4", "mxfp8", "int8", ..., or "keep".
         compute: "auto", "fp8", "bf16" (dequantise, then multiply), "fp32" (the reference).
         backend: "auto", "torch" or "reference".
@@ -93,7 +95,7 @@ def load(
     """Build the model that a checkpoint's shapes describe, and load the checkpoint into it.
 
     Args:
-        checkpoint: the .safetensors file.
+        checkpoint: the .safetensors file, or the folder or index of a checkpoint in several.
         host: whose model class to build: "diffusers" gives a WanTransformer3DModel.
         device: where to load; None is the GPU when there is one, else the CPU.
         dtype: the compute dtype (`model.dtype`); float32 is the faster one on a CPU.
@@ -131,9 +133,11 @@ def _patterns(skip: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _is_of(checkpoint: Path | str, report: Report) -> bool:
-    """Whether a report is of this file, given itself or by the folder that holds it."""
-    loaded = Path(report.checkpoint or "").resolve()
-    return report.checkpoint is not None and Path(checkpoint).resolve() in (loaded, loaded.parent)
+    """Whether a report is of this checkpoint, given by whatever file or folder of it."""
+    if report.checkpoint is None or not Path(checkpoint).exists():
+        return False
+    found, _ = locate(checkpoint)
+    return found.path.resolve() == Path(report.checkpoint).resolve()
 
 
 def _builder(name: str) -> Host:

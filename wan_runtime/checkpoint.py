@@ -61,18 +61,23 @@ class Loaded:
 
 
 def open_checkpoint(
-    path: Path | str, *, dialect: str | None = None, reference: Path | str | None = None
+    path: Path | str,
+    *,
+    dialect: str | None = None,
+    reference: Path | str | None = None,
+    pickle: bool = False,
 ) -> Checkpoint:
     """Read a file's header, decide its dialect and names, and account for every key.
 
     Args:
-        path: a .safetensors file, or a folder that holds exactly one.
+        path: a file, or the folder or index of a checkpoint in several (wan_runtime.containers.read_header).
         dialect: the dialect's name, where the caller knows it.
         reference: the bf16 file it was made from; settles a file that several dialects fit.
+        pickle: whether a .pth file may be unpickled (tensors only); `convert` alone wants that.
 
     Raises CheckpointError and its subclasses; docs/formats.md says how each case is decided.
     """
-    header = read_header(path)
+    header = read_header(path, pickle=pickle)
     if reference is not None and not Path(reference).exists():
         raise CheckpointError(reference, "there is no such file to be the reference.")
     naming_of(header.path, header.entries)  # that it is a WAN transformer at all comes before who wrote it

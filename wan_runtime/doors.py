@@ -113,10 +113,10 @@ def _from_single_file(host: Host, armed: Armed) -> Callable[..., Any]:
             names = [name, *names, Path(path).parent.name]
         low_noise = expert_of(armed, source, *names)
         checkpoint = armed.checkpoint_for(low_noise) or Path(str(path))
-        if not checkpoint.is_file():
+        if not checkpoint.exists():
             raise InvalidOption(
-                f"from_single_file({str(path)!r}): wan-runtime reads local files only. Download it first and give its "
-                "path, or pass it as checkpoint (--checkpoint)."
+                f"from_single_file({str(path)!r}): wan-runtime reads local files only. Download it first "
+                "and give its path, or pass it as checkpoint (--checkpoint)."
             )
         dtype = kwargs.get("torch_dtype") or kwargs.get("dtype") or torch.bfloat16
         model = load(checkpoint, host=host.names.name, device="cpu", dtype=dtype, **armed.options)

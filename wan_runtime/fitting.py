@@ -102,7 +102,7 @@ def notes(
     fuse: bool,
 ) -> tuple[str, ...]:
     """What the user should read beside the report's table."""
-    said = []
+    said = [] if checkpoint is None else [f"{note}." for note in checkpoint.header.notes]
     computes = {d.compute for d in decisions if d.action == "quantised"}
     if computes == {"bf16"} and device.type == "cuda":
         said.append(

@@ -88,7 +88,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 def _odd(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What is readable and still worth knowing."""
     entries = checkpoint.header.entries
-    notes = []
+    notes = list(checkpoint.header.notes)
     norms = [k for p, k in checkpoint.plain.items() if ".norm" in p or p.endswith("modulation")]
     low = Counter(entries[k].dtype for k in norms if entries[k].dtype != "F32")
     if low:

@@ -25,6 +25,15 @@ def test_only_this_machines_own_addresses_are_loopback(host: str, loopback: bool
         (Path("/models/wan2.1-t2v-14b-nvfp4.safetensors"), "wan2.1-t2v-14b-nvfp4"),
         (Path("/models/Wan2.1-T2V/transformer/diffusion_pytorch_model.safetensors"), "Wan2.1-T2V"),
         (Path("/models/mine/diffusion_pytorch_model.safetensors"), "mine"),
+        (
+            Path("/models/Wan2.1-T2V/transformer/diffusion_pytorch_model-00001-of-00002.safetensors"),
+            "Wan2.1-T2V",
+        ),
+        (Path("/models/Wan2.1-T2V/transformer/diffusion_pytorch_model.safetensors.index.json"), "Wan2.1-T2V"),
+        (Path("/models/Wan2.2-T2V/high_noise_model"), "Wan2.2-T2V"),
+        (Path("/models/Wan2.1-T2V"), "Wan2.1-T2V"),
+        (Path("/models/blocks/non_block.safetensors"), "blocks"),
+        (Path("/models/wan.Q4_K_M.gguf"), "wan.Q4_K_M"),
     ],
 )
 def test_the_model_is_named_after_its_file(checkpoint: Path | None, name: str) -> None:
