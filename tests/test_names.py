@@ -133,12 +133,19 @@ def test_one_module_under_two_prefixes_is_named() -> None:
 
 
 OTHERS = {
-    "UMT5 as transformers names it": ["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"],
-    "UMT5 as the original release names it": ["blocks.0.attn.q.weight", "token_embedding.weight"],
-    "the VAE": ["encoder.conv1.weight", "decoder.middle.0.residual.0.gamma"],
     "another transformer": ["double_blocks.0.img_attn.qkv.weight"],
     "a VACE part alone": ["vace_blocks.0.self_attn.q.weight"],
     "an empty file": [],
+}
+PARTS = {
+    "encoder.block.0.layer.0.SelfAttention.q.weight": r"a text encoder: UMT5 under transformers.*--text-encoder",
+    "blocks.0.attn.q.weight": r"a text encoder: UMT5 under the original.*--text-encoder",
+    "text_encoder.blocks.0.attn.q.weight": "a text encoder",
+    "encoder.downsamples.0.residual.0.gamma": r"a VAE: the Wan2\.1 VAE under the original.*--vae",
+    "encoder.downsamples.0.downsamples.0.residual.0.gamma": r"a VAE: the Wan2\.2 VAE.*--vae",
+    "encoder.down_blocks.0.norm1.gamma": r"a VAE: the Wan2\.1 VAE under diffusers' names.*--vae",
+    "encoder.down_blocks.0.resnets.0.norm1.gamma": r"a VAE: the Wan2\.2 VAE.*--vae",
+    "vision_model.embeddings.class_embedding": "a CLIP image encoder",
 }
 
 
@@ -147,6 +154,12 @@ def test_another_model_is_told_apart(what: str) -> None:
     with pytest.raises(CheckpointError, match="not a WAN transformer") as caught:
         naming_of(FILE, OTHERS[what])
     assert all(key in str(caught.value) for key in OTHERS[what])
+
+
+@pytest.mark.parametrize("key", PARTS)
+def test_a_part_of_the_pipeline_is_named_with_its_place(key: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"not a WAN transformer but {PARTS[key]}"):
+        naming_of(FILE, [key])
 
 
 @pytest.mark.parametrize(
@@ -166,7 +179,7 @@ def test_a_lora_is_told_apart(key: str) -> None:
         (Sizes(dim=5120, ffn=13824, layers=40, text=4096, freq=256, channels=36, image=1280), "I2V-14B"),
         (Sizes(dim=5120, ffn=13824, layers=40, text=4096, freq=256, channels=36), "I2V-A14B"),
         (Sizes(dim=3072, ffn=14336, layers=30, text=4096, freq=256, channels=48), "TI2V-5B"),
-        (TINY, "unlisted"),
+        (TINY, "unlisted WAN variant"),
     ],
 )
 def test_the_shapes_name_the_variant(sizes: Sizes, named: str) -> None:
@@ -179,6 +192,89 @@ def test_the_shapes_name_the_variant(sizes: Sizes, named: str) -> None:
         sizes.freq,
     )
     assert (variant.heads, variant.image_dim, variant.out_channels) == (sizes.dim // 128, sizes.image, 16)
+
+
+BIG = rows(Sizes(dim=5120, ffn=13824, layers=40, text=4096, freq=256))
+I2V = rows(Sizes(dim=5120, ffn=13824, layers=40, text=4096, freq=256, channels=36, image=1280))
+
+
+def vace(layers: int, dim: int = 5120) -> dict[str, tuple[int, ...]]:
+    """What VACE has beside a text-to-video model."""
+    blocks = {f"vace_blocks.{n}.after_proj.weight": (dim, dim) for n in range(layers)}
+    return {"vace_patch_embedding.weight": (dim, 96, 1, 2, 2), **blocks}
+
+
+def animate() -> dict[str, tuple[int, ...]]:
+    """What Animate-14B has beside an image-to-video model: the tensors that decide a size."""
+    convs = "motion_encoder.enc.net_app.convs"
+    channels = {1: 64, 2: 128, 3: 256, 4: 512, 5: 512, 6: 512, 7: 512}
+    return {
+        f"{convs}.0.0.weight": (32, 3, 1, 1),
+        **{f"{convs}.{n}.conv2.1.weight": (out, 32, 3, 3) for n, out in channels.items()},
+        f"{convs}.8.weight": (512, 512, 4, 4),
+        "motion_encoder.enc.fc.0.weight": (512, 512),
+        "motion_encoder.dec.direction.weight": (512, 20),
+        "face_encoder.conv1_local.conv.weight": (4096, 512, 3),
+        "face_encoder.conv2.conv.weight": (1024, 1024, 3),
+        "pose_patch_embedding.weight": (5120, 16, 1, 2, 2),
+        **{f"face_adapter.fuser_blocks.{n}.linear1_kv.weight": (10240, 5120) for n in range(8)},
+    }
+
+
+def test_a_first_last_frame_model_is_told_by_its_positions() -> None:
+    variant = variant_of(FILE, {row[0]: row[2] for row in I2V} | {"img_emb.emb_pos": (1, 514, 1280)})
+    assert (variant.name, variant.kind, variant.image_tokens) == ("FLF2V-14B", "base", 514)
+
+
+def test_vace_blocks_are_spread_evenly() -> None:
+    variant = variant_of(FILE, {row[0]: row[2] for row in BIG} | vace(8))
+    assert (variant.name, variant.vace_layers) == ("VACE-14B", (0, 5, 10, 15, 20, 25, 30, 35))
+    small = rows(Sizes(dim=1536, ffn=8960, layers=30, text=4096, freq=256))
+    variant = variant_of(FILE, {row[0]: row[2] for row in small} | vace(15, 1536))
+    assert (variant.name, variant.vace_channels) == ("VACE-1.3B", 96)
+    assert variant.vace_layers == tuple(range(0, 30, 2))
+    with pytest.raises(CheckpointError, match="7 VACE blocks do not go evenly with 40"):
+        variant_of(FILE, {row[0]: row[2] for row in BIG} | vace(7))
+
+
+def test_animate_is_described_as_published() -> None:
+    """The sizes that diffusers' class has by default are the published model's."""
+    variant = variant_of(FILE, {row[0]: row[2] for row in I2V} | animate())
+    face = variant.animate
+    assert face is not None and variant.name == "Animate-14B"
+    assert (face.motion_dim, face.motion_out, face.style_dim, face.every) == (20, 512, 512, 5)
+    assert (face.face_dim, face.face_heads, face.pose_channels) == (1024, 4, 16)
+    from diffusers.models.transformers import transformer_wan_animate
+
+    published = dict(transformer_wan_animate.WAN_ANIMATE_MOTION_ENCODER_CHANNEL_SIZES)
+    del published["1024"]
+    assert face.channels == published
+
+
+def test_an_animate_without_its_motion_encoder_is_refused() -> None:
+    shapes = {key: s for key, s in animate().items() if not key.startswith("motion_encoder")}
+    with pytest.raises(CheckpointError, match="the motion encoder has -2 blocks"):
+        variant_of(FILE, {row[0]: row[2] for row in I2V} | shapes)
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("casual_audio_encoder.encoder.conv1_local.weight", "S2V-14B"),
+        ("audio_proj.audio_proj_glob_1.layer.weight", "unlisted HuMo"),
+        ("control_adapter.conv.weight", "unlisted WAN Fun-Camera"),
+        ("ref_conv.weight", "unlisted WAN Fun-Control"),
+    ],
+)
+def test_a_kind_is_told_by_its_own_modules(key: str, named: str) -> None:
+    variant = variant_of(FILE, {row[0]: row[2] for row in BIG} | {key: (8, 8)})
+    assert variant.name.startswith(named)
+
+
+def test_modules_of_two_kinds_are_no_known_model() -> None:
+    shapes = {row[0]: row[2] for row in BIG} | vace(8) | {"ref_conv.weight": (8, 8)}
+    with pytest.raises(CheckpointError, match=r"WAN VACE .vace_patch_embedding.*WAN Fun-Control .ref_conv"):
+        variant_of(FILE, shapes)
 
 
 @pytest.mark.parametrize(

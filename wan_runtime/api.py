@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wan_runtime.arranging import arranged
 from wan_runtime.backends import device_named
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint, stream
 from wan_runtime.containers import locate
@@ -164,6 +165,7 @@ def _patch(
             "the model is on the meta device and has no weights to quantise; give a checkpoint."
         )
     spelling = host.names
+    checkpoint = None if checkpoint is None else arranged(checkpoint, spelling)
     held = None if checkpoint is None else {path: layer.format for path, layer in checkpoint.layers.items()}
     decisions = plan(tree_of(model, spelling), held, runs_on, options, swaps=host.swaps, fp32=host.fp32)
     refuse_nothing(decisions, options, checkpoint, host.name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,11 +22,21 @@ FARTHEST = 0.25
 
 
 @dataclass(frozen=True)
+class View:
+    """A plain tensor that is not in the file as it is wanted, but made of tensors that are: `keys`, in this order."""
+
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    make: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """An opened file: no weights read yet. All paths are in the original release's spelling, without prefix.
 
     layers   module path -> how its slots are read.
     plain    tensor path (with its leaf, "blocks.0.norm3.weight") -> key in the file.
+    views    tensor path -> what it is made of, for plain tensors that a host wants otherwise than the file has them.
     """
 
     header: Header
@@ -38,6 +48,7 @@ class Checkpoint:
     layers: Mapping[str, Layer]
     plain: Mapping[str, str]
     markers: tuple[str, ...]
+    views: Mapping[str, View] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -48,6 +59,8 @@ class Checkpoint:
         module, _, leaf = tensor.rpartition(".")
         if leaf == "weight" and module in self.layers:
             return self.layers[module].shape
+        if tensor in self.views:
+            return self.views[tensor].shape
         return self.header.entries[self.plain[tensor]].shape
 
 
@@ -104,7 +117,7 @@ def _interpret(header: Header, dialect: Dialect, evidence: str) -> Checkpoint:
         evidence=evidence,
         spelling=spelling,
         prefix=prefix,
-        variant=variant_of(header.path, shapes),
+        variant=variant_of(header.path, shapes, spelling.name),
         layers={path: reading.layers[name] for path, name in layers.items()},
         plain=plain,
         markers=reading.markers,
@@ -199,29 +212,47 @@ def read_layer(checkpoint: Checkpoint, path: str) -> dict[str, torch.Tensor]:
 
 def read_plain(checkpoint: Checkpoint, tensor: str) -> torch.Tensor:
     """One unquantised tensor, on the CPU, checked; fp8 ones of a plain-cast file come as fp32."""
-    key = checkpoint.plain[tensor]
-    return _plain_tensor(checkpoint, key, checkpoint.header.read_tensor(key))
+    view = checkpoint.views.get(tensor)
+    keys = (checkpoint.plain[tensor],) if view is None else view.keys
+    parts = [_plain_tensor(checkpoint, key, checkpoint.header.read_tensor(key)) for key in keys]
+    return parts[0] if view is None else view.make(parts)
 
 
 def stream(checkpoint: Checkpoint, device: torch.device) -> Iterator[Loaded]:
     """Read the file in its own order, memory-mapped, one tensor at a time onto the device; yield complete layers."""
-    owners = {source.key: path for path, layer in checkpoint.layers.items() for source in layer.sources}
-    tensors = {key: path for path, key in checkpoint.plain.items()}
+    owners = _owners(checkpoint)
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     with checkpoint.header.opened() as read:
         for key in checkpoint.header.entries:
             if key in checkpoint.markers:
                 continue
             tensor = read(key).to(device)
-            if key in tensors:
-                yield Loaded(tensors[key], None, {"tensor": _plain_tensor(checkpoint, key, tensor)})
-                continue
-            path = owners[key]  # a key that nothing owns is a defect of the dialect, and a KeyError here
-            layer = checkpoint.layers[path]
-            slots = waiting.setdefault(path, {})
-            slots |= _decoded(checkpoint, layer, key, tensor)
-            if len(slots) == len(layer.sources):
-                yield Loaded(path, layer.format, _complete(checkpoint, layer, waiting.pop(path)))
+            for path in owners[key]:  # a key that nothing owns is a defect of the dialect, and a KeyError here
+                parts = waiting.setdefault(path, {})
+                layer = checkpoint.layers.get(path)
+                if layer is not None:
+                    parts |= _decoded(checkpoint, layer, key, tensor)
+                    if len(parts) == len(layer.sources):
+                        yield Loaded(path, layer.format, _complete(checkpoint, layer, waiting.pop(path)))
+                    continue
+                parts[key] = _plain_tensor(checkpoint, key, tensor)
+                view = checkpoint.views.get(path)
+                if view is None or len(parts) == len(view.keys):
+                    del waiting[path]
+                    whole = parts[key] if view is None else view.make([parts[name] for name in view.keys])
+                    yield Loaded(path, None, {"tensor": whole})
+
+
+def _owners(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Key -> what is read from it: a layer or a tensor, or two halves of one."""
+    owners: dict[str, list[str]] = {}
+    for path, layer in checkpoint.layers.items():
+        for key in dict.fromkeys(source.key for source in layer.sources):
+            owners.setdefault(key, []).append(path)
+    for path, key in checkpoint.plain.items():
+        for name in checkpoint.views[path].keys if path in checkpoint.views else (key,):
+            owners.setdefault(name, []).append(path)
+    return owners
 
 
 def _plain_tensor(checkpoint: Checkpoint, key: str, tensor: torch.Tensor) -> torch.Tensor:

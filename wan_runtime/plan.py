@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from wan_runtime import rules
 from wan_runtime.backends import AUTOMATIC, COMPUTES, Backend, backend_named
 from wan_runtime.errors import BackendUnavailable, InvalidOption
 from wan_runtime.formats import FORMATS
@@ -53,7 +54,7 @@ class Decision:
 
     quantised  a Linear held in `format`, multiplied by `backend` in `compute`.
     linear     a Linear held in the compute dtype, its bias in fp32.
-    resident   a leaf computed in fp32.
+    resident   a leaf, or a branch as a whole, computed in fp32.
     own        a container whose own tensors (modulation) stay fp32.
     model      the host model itself: its own tensors fp32, its dtype the compute dtype.
     """
@@ -153,7 +154,8 @@ def _decide(
     if fp32(node.original):  # before the file's say: a host may take a compute dtype from such a weight
         in_file = held.get(node.original) if held is not None else None
         reason = "stays fp32 by the host's rule" + (f"; the file holds {in_file}" if in_file else "")
-        return Decision(node.path, node.original, "resident" if node.leaf else "own", reason)
+        whole = node.leaf or rules.whole(node.original)
+        return Decision(node.path, node.original, "resident" if whole else "own", reason)
     weight_format, reason = _format_for(node, held, options, swaps)
     if weight_format is not None and node.linear is not None:
         backend, compute, why = choose(weight_format, device, node.linear, options)

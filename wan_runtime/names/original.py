@@ -3,5 +3,8 @@
 from wan_runtime.names import Spelling
 
 SPELLING = Spelling(
-    name="original", marks=("self_attn.", "cross_attn.", "ffn.0.", "ffn.2."), top={}, block={}
+    name="original",
+    marks=("self_attn.q.", "self_attn.k.", "cross_attn.q.", "cross_attn.k.", "ffn.0.", "ffn.2."),
+    top={},
+    block={},
 )
