@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import wan_runtime
-from tests.builders.files import WRITERS, Content
+from tests.builders.files import Content
 from tests.builders.wan import TINY, block_linears, rows, state
+from tests.builders.writers import WRITERS
 from wan_runtime.checkpoint import Checkpoint, read_layer, read_plain
 from wan_runtime.errors import CheckpointError
 from wan_runtime.formats import FORMATS

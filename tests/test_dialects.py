@@ -10,7 +10,7 @@ import torch
 
 from tests.builders import files
 from tests.builders.codes import tile_order
-from tests.builders.files import WRITERS
+from tests.builders.writers import WRITERS
 from tests.reading import CASES, FIRST, QUANTISED, assert_reads, content
 from wan_runtime.checkpoint import open_checkpoint, read_layer, read_plain
 from wan_runtime.containers import read_header

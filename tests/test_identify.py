@@ -9,6 +9,7 @@ import torch
 
 from tests.builders import files
 from tests.builders.wan import Sizes, block_linears, state
+from tests.builders.writers import WRITERS
 from tests.reading import FIRST, SCALED, assert_reads, content, host, refused
 from wan_runtime.checkpoint import open_checkpoint
 from wan_runtime.errors import (
@@ -71,16 +72,7 @@ F8, U8, I8 = torch.float8_e4m3fn, torch.uint8, torch.int8
 FOREIGN: dict[
     str, dict[str, tuple[torch.dtype, tuple[int, ...]]]
 ] = {  # what else is written beside, or instead of, a layer's weight by tools that are not read
-    "quanto": {"weight._data": (I8, (128, 128)), "weight._scale": (torch.bfloat16, (128, 1))},
-    "torchao": {"_weight_qdata": (F8, (128, 128)), "_weight_scale": (torch.float32, (128, 1))},
-    "compressed-tensors nvfp4": {
-        "weight_packed": (U8, (128, 64)),
-        "weight_scale": (F8, (128, 8)),
-        "weight_global_scale": (torch.float32, ()),
-    },
     "TurboDiffusion": {"int8_weight": (I8, (128, 128)), "scale": (torch.float32, (1, 1))},
-    "nunchaku": {"qweight": (I8, (128, 64)), "wscales": (torch.bfloat16, (2, 128))},
-    "bitsandbytes": {"weight": (U8, (8192, 1)), "weight.absmax": (torch.float32, (256,))},
     "DeepSeek's blocks": {"weight": (F8, (128, 128)), "weight_scale_inv": (torch.float32, (1, 1))},
 }
 
@@ -96,7 +88,7 @@ def test_the_file_of_a_tool_that_is_not_read_is_unknown(
             tensors[f"{module}.{leaf}"] = torch.ones(shape).to(dtype)
     error = refused(host, files.Content(tensors).write(tmp_path), UnknownDialect, "--dialect", "convert")
     assert isinstance(error, UnknownDialect)
-    assert set(error.known) == set(files.WRITERS)
+    assert set(error.known) == set(WRITERS)
     assert all(
         f".{leaf.rpartition('.')[2]} x 20" in error.found for leaf in FOREIGN[tool] if leaf != "weight"
     )

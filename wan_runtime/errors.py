@@ -53,6 +53,18 @@ class UnknownDialect(CheckpointError):
         )
 
 
+class UnreadDialect(UnknownDialect):
+    """A file of a tool that is recognised and not read. `tool` is its name, `found` the mark, `remedy` what to do."""
+
+    def __init__(self, path: Path | str, tool: str, found: str, why: str, remedy: str) -> None:
+        self.tool, self.remedy, self.found, self.known = tool, remedy, found, ()
+        CheckpointError.__init__(
+            self,
+            path,
+            f"this is a file of {tool} (it has {found}), which is not read: {why}. Instead, {remedy}.",
+        )
+
+
 class AmbiguousDialect(CheckpointError):
     """Several readings fit the file, and they give different numbers. `candidates` maps each to its meaning."""
 

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from wan_runtime.catalogue import Catalogue
+from wan_runtime.dialects import _refused
 from wan_runtime.errors import AmbiguousDialect, CheckpointError, UnknownDialect
 from wan_runtime.header import Header
 
@@ -113,13 +114,15 @@ DIALECTS: Catalogue[Dialect] = Catalogue("wan_runtime.dialects", Dialect)
 def identify(header: Header, named: str | None = None) -> tuple[Dialect, str]:
     """Decide which dialect wrote the file, and the evidence in words.
 
-    Raises AmbiguousDialect when several readings fit and no mark decides, UnknownDialect when none fits.
+    Raises AmbiguousDialect when several readings fit and no mark decides, UnknownDialect when none fits, and its
+    subclass UnreadDialect when the tool is known and its files are not read.
     """
     if named is not None:
         return DIALECTS[named], "named by the caller"
     own = _own_marker(header)
     if own is not None:
         return own, f"the header's {OWN_MARKER!r} marker says so"
+    _refused.refuse(header)
     found = {name: evidence for name in DIALECTS if (evidence := DIALECTS[name].detect(header)) is not None}
     sure = {name: evidence for name, evidence in found.items() if evidence.sure}
     candidates = sure or found
