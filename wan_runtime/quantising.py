@@ -13,6 +13,7 @@ mse   fp8 and int8: the amax scale times each of FACTORS, the one with the least
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -39,15 +40,16 @@ Rows = Callable[[int, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight [out, in] that gives fp32 strips of its rows: `rows(start, stop)`."""
+    """A weight [out, in] that gives fp32 strips of its rows, `rows(start, stop)`, each `height` rows or the default."""
 
     shape: tuple[int, int]
     rows: Rows
+    height: int | None = None
 
     def strips(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of strips of at most STRIP elements, or of one row."""
+        """(start, stop) of strips, by default of at most STRIP elements, or of one row."""
         out, inp = self.shape
-        height = max(STRIP // max(inp, 1), 1)
+        height = self.height or max(STRIP // max(inp, 1), 1)
         return ((start, min(start + height, out)) for start in range(0, out, height))
 
 
@@ -99,8 +101,11 @@ def quantise(
         factor = scale_of(_amax(weight).amax(), E2M1_MAX * E4M3_MAX).reshape(1, 1)
         tried = range(LOWEST, HIGHEST + 1) if scale == "mse" else ()
         return _stripped(weight, "nvfp4", lambda rows, at: _nvfp4(rows, factor, tried), {"scale": factor})
-    # Every other format's scales lie within a row.
-    own = FORMATS[weight_format].quantize
+    own, out = FORMATS[weight_format].quantize, weight.shape[0]
+    if any(shapes[0][0] != out for _, shapes in FORMATS[weight_format].layout(*weight.shape).values()):
+        weight = dataclasses.replace(
+            weight, height=out
+        )  # a scale covers several rows, so all are quantised at once
     return _stripped(weight, weight_format, lambda rows, at: own(rows, True), {})
 
 
