@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from wan_runtime import corrections
+from wan_runtime import corrections, gates, settling
 from wan_runtime.containers import read_header
-from wan_runtime.corrections import effective_weight
+from wan_runtime.deciding import decide, hold, readings
 from wan_runtime.dialects import DIALECTS, Dialect, Layer, Reading, identify
 from wan_runtime.errors import AmbiguousDialect, BadTensor, CheckpointError
 from wan_runtime.formats import FORMATS, BadSlot, check_cast
 from wan_runtime.header import DTYPES, Header
-from wan_runtime.names import Spelling, Variant, naming_of, to_original, variant_of
-
-LAYERS_COMPARED = 4  # enough to tell readings apart: a wrong one is off by 0.4 or more, the right one by 0.1
-FARTHEST = 0.25
+from wan_runtime.names import PATCH, Spelling, Variant, naming_of, to_original, variant_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class Checkpoint:
     layers   module path -> how its slots are read.
     plain    tensor path (with its leaf, "blocks.0.norm3.weight") -> key in the file.
     views    tensor path -> what it is made of, for plain tensors that a host wants otherwise than the file has them.
+    insisted the caller named the dialect, or a reference settled it: the weights are not asked what they suggest.
     """
 
     header: Header
@@ -49,6 +48,7 @@ class Checkpoint:
     plain: Mapping[str, str]
     markers: tuple[str, ...]
     views: Mapping[str, View] = field(default_factory=dict)
+    insisted: bool = False
 
     @property
     def path(self) -> Path:
@@ -97,8 +97,9 @@ def open_checkpoint(
     if reference is not None and dialect is None:
         dialect_record, evidence = _settle(header, Path(reference))
     else:
-        dialect_record, evidence = identify(header, dialect)
-    return _interpret(header, dialect_record, evidence)
+        dialect_record, evidence = decide(header, dialect)
+    checkpoint = _interpret(header, dialect_record, evidence)
+    return replace(checkpoint, insisted=dialect is not None or reference is not None)
 
 
 def _interpret(header: Header, dialect: Dialect, evidence: str) -> Checkpoint:
@@ -110,7 +111,9 @@ def _interpret(header: Header, dialect: Dialect, evidence: str) -> Checkpoint:
     shapes: dict[str, tuple[int, ...]] = {
         f"{path}.weight": reading.layers[name].shape for path, name in layers.items()
     }
+    views = _convolution(header, plain)
     shapes |= {path: header.entries[key].shape for path, key in plain.items()}
+    shapes |= {path: view.shape for path, view in views.items()}
     return Checkpoint(
         header=header,
         dialect=dialect,
@@ -121,7 +124,19 @@ def _interpret(header: Header, dialect: Dialect, evidence: str) -> Checkpoint:
         layers={path: reading.layers[name] for path, name in layers.items()},
         plain=plain,
         markers=reading.markers,
+        views=views,
     )
+
+
+def _convolution(header: Header, plain: Mapping[str, str]) -> dict[str, View]:
+    """The patch embedding where a file stores it flattened to [dim, channels * 4] (TurboDiffusion has a Linear)."""
+    path = "patch_embedding.weight"
+    shape = header.entries[plain[path]].shape if path in plain else ()
+    size = math.prod(PATCH)
+    if len(shape) != 2 or shape[1] % size:
+        return {}
+    whole = (shape[0], shape[1] // size, *PATCH)
+    return {path: View((plain[path],), whole, lambda parts: parts[0].reshape(whole))}
 
 
 def _renamed(header: Header, spelling: Spelling, prefix: str, names: Iterable[str]) -> dict[str, str]:
@@ -151,53 +166,22 @@ def _refuse_overlap(
 
 def _settle(header: Header, reference: Path) -> tuple[Dialect, str]:
     """Choose among the readings that fit by their distance to the file the weights were made from."""
-    try:
-        return identify(header)
-    except AmbiguousDialect as ambiguous:
-        names = list(ambiguous.candidates)
     base = open_checkpoint(reference)
-    errors: dict[str, float] = {}
-    found: dict[str, str] = {}
-    for name in names:
-        try:
-            errors[name] = _distance(_interpret(header, DIALECTS[name], ""), base)
-            found[name] = f"{errors[name]:.3f}"
-        except CheckpointError as error:
-            found[name] = str(error)
-    listed = ", ".join(f"{name} {outcome}" for name, outcome in found.items())
-    best = min(errors, key=lambda name: errors[name], default=None)
-    rivals = [error for name, error in errors.items() if name != best]
-    if best is None or not errors[best] <= FARTHEST or any(not 2 * errors[best] < e for e in rivals):
-        raise CheckpointError(
-            header.path,
-            f"no reading is close to {reference} (relative error of each: {listed}); it is not the file these weights "
-            "were made from.",
-        )
-    return DIALECTS[best], f"nearest to {reference.name} (relative error: {listed})"
+    modules = {tensor.removesuffix(".weight") for tensor in base.plain if tensor.endswith(".weight")}
+    source = settling.Reference(base.path, modules, lambda path: read_plain(base, f"{path}.weight"))
 
+    def read_as(name: str) -> settling.Candidate:
+        checkpoint = _interpret(header, DIALECTS[name], "")
+        formats = {path: layer.format for path, layer in checkpoint.layers.items()}
+        return settling.Candidate(formats, lambda path: read_layer(checkpoint, path))
 
-def _distance(checkpoint: Checkpoint, base: Checkpoint) -> float:
-    """The median relative L2 error over a few NVFP4 layers (the others do not depend on the reading) of both files."""
-    errors = []
-    shared = [
-        path
-        for path, layer in checkpoint.layers.items()
-        if f"{path}.weight" in base.plain and layer.format == "nvfp4"
-    ]
-    for path in shared[:: max(len(shared) // LAYERS_COMPARED, 1)][:LAYERS_COMPARED]:
-        slots = read_layer(checkpoint, path)
-        weight = effective_weight(checkpoint.layers[path].format, slots)
-        truth = base.header.read_tensor(base.plain[f"{path}.weight"]).float()
-        if truth.shape != weight.shape:
-            raise CheckpointError(
-                base.path, f"{path}.weight has shape {list(truth.shape)}, not {list(weight.shape)}."
-            )
-        errors.append(float((weight - truth).norm() / truth.norm()))
-    if not errors:
-        raise CheckpointError(
-            base.path, "it holds none of the quantised layers unquantised, so it cannot be a reference."
-        )
-    return sorted(errors)[len(errors) // 2]
+    try:
+        dialect, evidence = identify(header)
+    except AmbiguousDialect as ambiguous:
+        name, evidence = settling.settle(header.path, readings(ambiguous), read_as, source)
+        return DIALECTS[name], evidence
+    error = settling.confirm(header.path, dialect.name, read_as(dialect.name), source)
+    return dialect, ", ".join(filter(None, (evidence, error)))
 
 
 def read_layer(checkpoint: Checkpoint, path: str) -> dict[str, torch.Tensor]:
@@ -219,7 +203,13 @@ def read_plain(checkpoint: Checkpoint, tensor: str) -> torch.Tensor:
 
 
 def stream(checkpoint: Checkpoint, device: torch.device) -> Iterator[Loaded]:
-    """Read the file in its own order, memory-mapped, one tensor at a time onto the device; yield complete layers."""
+    """Read the file in its own order, memory-mapped, one tensor at a time onto the device; yield complete layers.
+
+    Raises CheckpointError before the first where the weights contradict the file's marks.
+    """
+    if not checkpoint.insisted:
+        modules = {layer.module: layer for layer in checkpoint.layers.values()}
+        hold(checkpoint.header, checkpoint.dialect.name, checkpoint.evidence, modules)
     owners = _owners(checkpoint)
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     with checkpoint.header.opened() as read:
@@ -227,7 +217,9 @@ def stream(checkpoint: Checkpoint, device: torch.device) -> Iterator[Loaded]:
             if key in checkpoint.markers:
                 continue
             tensor = read(key).to(device)
-            for path in owners[key]:  # a key that nothing owns is a defect of the dialect, and a KeyError here
+            for path in owners[
+                key
+            ]:  # a key that nothing owns is a defect of the dialect, and a KeyError here
                 parts = waiting.setdefault(path, {})
                 layer = checkpoint.layers.get(path)
                 if layer is not None:
@@ -316,6 +308,7 @@ def _check(checkpoint: Checkpoint, layer: Layer, slots: Mapping[str, torch.Tenso
         weight, around = corrections.split(layer.format, slots)
         weight_format.check(weight)
         corrections.check(around, *layer.shape)
+        gates.check_size(layer.module, layer.format, weight, layer.shape)
     except BadSlot as bad:
         raise BadTensor(checkpoint.path, keys.get(bad.slot, keys["payload"]), str(bad)) from bad
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from wan_runtime.dialects import Layer, Reading, Source
-from wan_runtime.errors import BadTensor, CheckpointError, UnaccountedTensors
+from wan_runtime.errors import BadTensor, UnaccountedTensors
 from wan_runtime.header import Entry, Header
 
 FP8 = {"F8_E4M3": "fp8", "F8_E5M2": "fp8_e5m2"}
@@ -19,6 +19,8 @@ MEANINGFUL = frozenset(
     ("alpha", "weight_packed", "weight_zeros", "zero_point", "weight_s_rel", "weight_s_channel", "weight_codebook",
      "svdquant_lora_a", "svdquant_lora_b", "_amax", "comfy_quant", "proj_down", "proj_up", "smooth_factor")
 )  # fmt: skip
+
+UNMARKED = "Its NVFP4 layers carry no producer's mark, and the readings have the same shapes."
 
 
 def leaf(key: str) -> str:
@@ -128,15 +130,12 @@ def nvfp4_layer(header: Header, path: str, payload: Source, block_scale: Source)
     return Layer(path, "nvfp4", shape, (*sources, *input_scale(header, path, "input_scale")))
 
 
-def refuse_postprocessed(header: Header) -> None:
-    """Model Optimizer's ComfyUI post-process (C5) keeps the low nibble and may or may not swizzle: not told apart."""
-    if "quantization_config" in header.metadata and "weight_scale_2" in leaves(header):
-        raise CheckpointError(
-            header.path,
-            "the header's quantization_config says Model Optimizer with its ComfyUI post-processing, whose block "
-            "scales may be swizzled or plain whatever the other marks say. The two are not told apart yet, and a wrong "
-            "guess is noise. If you exported it without enable_swizzle_layout, load it with --dialect modelopt.",
-        )
+def postprocessed(header: Header) -> bool:
+    """Whether the header says Model Optimizer after its ComfyUI post-process (C5), of a file with NVFP4 layers.
+
+    Whatever other marks say, its nibbles are the producer's own, and its block scales swizzled or plain.
+    """
+    return "quantization_config" in header.metadata and "weight_scale_2" in leaves(header)
 
 
 def input_scale(header: Header, path: str, leaf_name: str) -> list[Source]:

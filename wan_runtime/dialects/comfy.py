@@ -39,15 +39,14 @@ LARGEST_RECORD = 65_536
 
 def detect(header: Header) -> Evidence | None:
     names = _keys.leaves(header)
-    _keys.refuse_postprocessed(header)
+    if _keys.postprocessed(header):
+        return None  # it may have ComfyUI's records, and never its nibbles
     if "comfy_quant" in names:
         return Evidence(True, "each quantised layer has a comfy_quant record")
     if HEADER_KEY in header.metadata:
         return Evidence(True, f"the header has {HEADER_KEY}")
     if "weight_scale_2" in names:
-        return Evidence(
-            False, "Its NVFP4 layers carry no producer's mark, and both readings have the same shapes."
-        )
+        return Evidence(False, _keys.UNMARKED)
     return None
 
 

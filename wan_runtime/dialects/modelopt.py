@@ -19,7 +19,17 @@ from collections.abc import Mapping
 
 import torch
 
-from wan_runtime.dialects import Dialect, Evidence, Layer, Marks, Reading, Source, _keys, _scaled
+from wan_runtime.dialects import (
+    Dialect,
+    Evidence,
+    Layer,
+    Marks,
+    Reading,
+    Source,
+    _keys,
+    _scaled,
+    modelopt_comfy,
+)
 from wan_runtime.header import Header
 
 # Keys of producers that share `weight_scale` but mean more by it than this dialect reads.
@@ -30,18 +40,25 @@ def detect(header: Header) -> Evidence | None:
     names = _keys.leaves(header)
     if "weight_scale" not in names or names & FOREIGN:
         return None
-    _keys.refuse_postprocessed(header)
+    if _keys.postprocessed(header):
+        return _postprocessed(header)
     config = header.config.get("quantization_config")
     if isinstance(config, Mapping) and (config.get("quant_method") == "modelopt" or "quant_algo" in config):
         return Evidence(True, f"config.json says modelopt ({config.get('quant_algo', 'no quant_algo')})")
     if "weight_scale_2" in names:
-        return Evidence(
-            False, "Its NVFP4 layers carry no producer's mark, and both readings have the same shapes."
-        )
+        return Evidence(False, _keys.UNMARKED)
     if _scaled.has_wide_scales(header):
         return None  # `lightx2v` reads them, to the same weights
     fp8 = any(e.dtype in _keys.FP8 for k, e in header.entries.items() if _keys.is_linear_weight(k, e))
     return Evidence(False, "FP8 with .weight_scale, which multiplies for every producer") if fp8 else None
+
+
+def _postprocessed(header: Header) -> Evidence | None:
+    """After the ComfyUI post-process, these are the files whose scales were not swizzled (see modelopt_comfy)."""
+    shown = modelopt_comfy.shown_layout(header)
+    if shown == "swizzled":
+        return None
+    return Evidence(shown is not None, modelopt_comfy.because(header))
 
 
 def read(header: Header) -> Reading:
@@ -63,11 +80,13 @@ def read(header: Header) -> Reading:
 
 
 def _plain_block_scale(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
-    if tuple(tensor.shape) != (out, inp // 16):
+    cols = inp // 16
+    wide = -(-cols // modelopt_comfy.WIDENED) * modelopt_comfy.WIDENED
+    if tuple(tensor.shape) not in ((out, cols), (out, wide)):
         raise ValueError(
-            f"plain block scales of a {out} x {inp} weight are [{out}, {inp // 16}]; the file has {list(tensor.shape)}."
+            f"plain block scales of a {out} x {inp} weight are [{out}, {cols}]; the file has {list(tensor.shape)}."
         )
-    return tensor.view(torch.uint8)
+    return modelopt_comfy.trimmed(tensor.view(torch.uint8), cols)
 
 
 def marks(layers: Mapping[str, str]) -> Marks:
@@ -76,7 +95,7 @@ def marks(layers: Mapping[str, str]) -> Marks:
 
 DIALECT = Dialect(
     name="modelopt",
-    row="C1, C2",
+    row="C1, C2, C5",
     meaning="Model Optimizer: NVFP4 with the even element in the low nibble and plain block scales",
     detect=detect,
     read=read,

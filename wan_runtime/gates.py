@@ -1,0 +1,76 @@
+"""Sizes that no weight of a WAN model has: an inverted or a lost scale, or a flipped bit of one.
+
+Trained Linears of a WAN transformer have a standard deviation of 0.01 to 0.1 and values below about 20. An inverted
+NVFP4 scale is off by its own square, about 1e8, and an inverted FP8 one by 1e6, so the bounds can stand far from every
+real weight. Outside the blocks they stand farther: Animate's motion encoder keeps weights of deviation 1.
+A layer of zeros is a layer that training has not touched, and passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from wan_runtime.formats import FORMATS, BadSlot, Slots
+
+ROWS = 32  # of a layer, spread evenly; the whole of a 14B model would take a minute
+SMALLEST = 1e-7  # root mean square
+LARGEST_RMS = {"blocks": 0.5, "elsewhere": 30.0}
+LARGEST_VALUE = {"blocks": 40.0, "elsewhere": 1000.0}
+
+
+def check_size(module: str, weight_format: str, slots: Slots, shape: tuple[int, int]) -> None:
+    """Raise BadSlot where a layer's weights are far larger or smaller than any WAN model's.
+
+    module: in any spelling. slots: the format's own, [out, ...] each, checked by the format.
+    """
+    parts = [FORMATS[weight_format].dequantize(part).float() for part in _parts(slots, shape[0])]
+    largest = max((float(values.abs().max()) for values in parts if values.numel()), default=0.0)
+    if largest == 0:
+        return
+    where = "blocks" if {"blocks", "vace_blocks"} & set(module.split(".")) else "elsewhere"
+    rms = float(parts[0].square().mean().sqrt())
+    scale = "scale" if "scale" in slots else "block_scale"
+    if rms > LARGEST_RMS[where] or largest > LARGEST_VALUE[where]:
+        raise BadSlot(
+            scale,
+            f"with it the weights reach {largest:.3g} (root mean square {rms:.3g}), and no WAN model's do: the scale "
+            "is inverted, damaged, or of another layer.",
+        )
+    if rms < SMALLEST:
+        raise BadSlot(
+            scale,
+            f"with it the weights are {rms:.3g} (root mean square), and a trained layer's are above {SMALLEST:g}: the "
+            "scale is inverted, damaged, or of another layer.",
+        )
+
+
+def _parts(slots: Slots, out: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The slots of some rows: first of rows spread over the layer, then of those whose scales are extreme."""
+    scales = next((t for name, t in slots.items() if name.endswith("scale") and t.numel() > 1), None)
+    count = 1 if scales is None else scales.shape[0]
+    height = 1 if count in (1, out) else 1 << (-(-out // count) - 1).bit_length()  # blocks that span rows
+    if height == 1:
+        yield _rows(slots, torch.linspace(0, out - 1, min(ROWS, out)).long(), out)
+    else:
+        yield _block(slots, 0, height, out)
+    if scales is not None and count > 1:
+        sizes = scales.float().amax(1)
+        for number in {int(sizes.argmax()), int(sizes.argmin())}:
+            yield _block(slots, number, height, out)
+
+
+def _rows(slots: Slots, index: torch.Tensor, out: int) -> dict[str, torch.Tensor]:
+    return {name: t[index.to(t.device)] if t.shape[0] == out > 1 else t for name, t in slots.items()}
+
+
+def _block(slots: Slots, number: int, height: int, out: int) -> dict[str, torch.Tensor]:
+    """One row of blocks; a single row where the scales are a row's."""
+
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[0] == out:
+            return tensor[number * height : (number + 1) * height]
+        return tensor if tensor.shape[0] == 1 else tensor[number : number + 1]
+
+    return {name: cut(tensor) for name, tensor in slots.items()}
