@@ -111,12 +111,12 @@ def _layer_step(source: Checkpoint, path: str, layer: Layer, target: Target) -> 
 
 def _plain_step(source: Checkpoint, path: str, target: Target) -> Step:
     """A tensor that the source holds unquantised."""
-    entry = source.header.entries[source.plain[path]]
+    entry, whole = source.header.entries[source.plain[path]], source.shape_of(path)
     module, _, leaf = path.rpartition(".")
-    block = leaf == "weight" and len(entry.shape) == 2 and rules.swaps(module)
+    block = leaf == "weight" and len(whole) == 2 and rules.swaps(module)
     reason = "not one of the Linears worth quantising"
     if block:
-        shape = (entry.shape[0], entry.shape[1])
+        shape = (whole[0], whole[1])
         refusal = _left_out(module, shape, target) or (
             "the source's producer left it unquantised" if source.layers else None
         )
@@ -125,8 +125,8 @@ def _plain_step(source: Checkpoint, path: str, target: Target) -> Step:
             becomes = f"{entry.dtype} becomes {target.format}"
             return Step(path, "quantised", becomes, *_specs(module, shape, target, static))
         reason = refusal
-    dtype = _rest_dtype(DTYPES[entry.dtype], path, len(entry.shape), block, target)
-    return Step(path, "kept", reason, {from_original(target.spelling, path): Spec(dtype, entry.shape)}, dtype)
+    dtype = _rest_dtype(DTYPES[entry.dtype], path, len(whole), block, target)
+    return Step(path, "kept", reason, {from_original(target.spelling, path): Spec(dtype, whole)}, dtype)
 
 
 def _rest_dtype(held: torch.dtype, path: str, rank: int, block: bool, target: Target) -> torch.dtype:

@@ -207,13 +207,10 @@ def lightx2v(state: dict[str, torch.Tensor], modules: list[str], weight_format: 
 
 def _lightx2v_mx(weight: Floats, weight_format: str) -> tuple[dict[str, torch.Tensor], Floats]:
     codes, byte, meant = mx(weight, MX[weight_format])
-    packed = {
-        "mxfp8": lambda: codes,
-        "mxfp6": lambda: pack6(codes),
-        "mxfp4": lambda: pack(codes, even_high=False),
-    }
+    if weight_format != "mxfp8":
+        codes = pack6(codes) if weight_format == "mxfp6" else pack(codes, even_high=False)
     scales = codes_as(tile_order(byte), torch.float8_e8m0fnu)
-    return {"weight": codes_as(packed[weight_format]()), "weight_scale": scales}, meant
+    return {"weight": codes_as(codes), "weight_scale": scales}, meant
 
 
 def _lightx2v_scaled(weight: Floats, weight_format: str) -> tuple[dict[str, torch.Tensor], Floats]:
@@ -231,6 +228,31 @@ def _lightx2v_scaled(weight: Floats, weight_format: str) -> tuple[dict[str, torc
         meant = E4M3[codes] * each
     dtype = torch.int8 if whole else torch.float8_e4m3fn
     return {"weight": codes_as(codes, dtype), "weight_scale": torch.from_numpy(scale).float()}, meant
+
+
+def turbodiffusion(state: dict[str, torch.Tensor], modules: list[str], weight_format: str) -> Content:
+    """F1: int8 by amax / 128 of each 128 x 128 block, saturating, and the patch embedding flattened to a Linear."""
+    content = Content(dict(state))
+    for module, weight in _layers(state, modules).items():
+        scale, each = block_scales(weight, 128, 128)
+        codes, content.weights[module] = int8(weight, each)
+        del content.tensors[f"{module}.weight"]
+        content.tensors[f"{module}.int8_weight"] = codes_as(codes, torch.int8)
+        content.tensors[f"{module}.scale"] = torch.from_numpy(scale).float()
+    patch = next(key for key in state if key.endswith("patch_embedding.weight"))
+    content.tensors[patch] = state[patch].flatten(1)
+    return content
+
+
+def modelopt_comfy(state: dict[str, torch.Tensor], modules: list[str], weight_format: str) -> Content:
+    """C5: as `modelopt`, even-low, with block scales in tile order; the header has its quantization_config."""
+    content = modelopt(state, modules, weight_format)
+    for module in modules:
+        key = f"{module}.weight_scale"
+        scales = content.tensors[key].view(torch.uint8).numpy()
+        content.tensors[key] = codes_as(tile_order(scales), torch.float8_e4m3fn)
+    content.metadata["quantization_config"] = json.dumps({"quant_algo": "NVFP4"})
+    return content
 
 
 def _plain_scaled(
@@ -253,8 +275,10 @@ WRITERS: dict[str, tuple[Writer, tuple[str, ...]]] = {
         ("fp8", "fp8_block", "int8", "int8_block", "nvfp4", "mxfp8", "mxfp6", "mxfp4"),
     ),
     "modelopt": (modelopt, ("fp8", "nvfp4")),
+    "modelopt_comfy": (modelopt_comfy, ("nvfp4",)),
     "plain": (plain, ("none",)),
     "plain_fp8": (plain_fp8, ("fp8", "fp8_e5m2")),
+    "turbodiffusion": (turbodiffusion, ("int8_block",)),
 }
 
 
@@ -271,4 +295,4 @@ def float_scale_leaf(dialect: str, weight_format: str) -> str | None:
         return None
     if weight_format == "nvfp4":
         return "alpha" if dialect == "lightx2v" else "weight_scale_2"
-    return "scale_weight" if dialect == "comfy_scaled_fp8" else "weight_scale"
+    return {"comfy_scaled_fp8": "scale_weight", "turbodiffusion": "scale"}.get(dialect, "weight_scale")

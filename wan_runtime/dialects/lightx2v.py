@@ -39,6 +39,7 @@ GLOBAL_SCALES = ("alpha", "input_global_scale", "weight_global_scale")
 FOREIGN = {*_keys.MEANINGFUL, "weight_scale_2", "pre_quant_scale", "weight_scalar"} - {"alpha"}
 # MX: bytes of a row of 32 weights.
 ROW_BYTES = {"mxfp8": 32, "mxfp6": 24, "mxfp4": 16}
+NEARBY = 64  # how many numbers next to the input scale are tried; it moves by 2^-17 of itself at most
 AGREE = 1e-5  # alpha is the rounded product of what it is made of
 
 
@@ -210,22 +211,15 @@ def _global_scales(slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     scale = slots["scale"].reshape(())
     if "input_scale" not in slots:
         return {"weight_global_scale": 1 / scale}
-    # The quotient of two rounded numbers may miss the scale by one bit; a neighbour of either hits it.
-    inputs = _neighbours((1 / slots["input_scale"]).reshape(1))
-    alphas = _neighbours(scale / inputs)
-    inputs = inputs.expand_as(alphas)
-    best = (alphas * inputs - scale).abs().flatten().argmin().reshape(1)
+    # The quotient by a rounded number often misses the scale by a bit; the numbers next to it seldom all do.
+    nearby = 1 + torch.arange(NEARBY, device=scale.device) * 2.0**-23
+    inputs = (1 / slots["input_scale"]).reshape(1) * nearby
+    alphas = scale / inputs
+    best = (alphas * inputs - scale).abs().argmin().reshape(1)
     return {
-        "alpha": alphas.flatten().gather(0, best).reshape(()),
-        "input_global_scale": inputs.flatten().gather(0, best).reshape(()),
+        "alpha": alphas.gather(0, best).reshape(()),
+        "input_global_scale": inputs.gather(0, best).reshape(()),
     }
-
-
-def _neighbours(values: torch.Tensor) -> torch.Tensor:
-    """fp32 [n] -> [5, n]: each, and the two fp32 numbers next to it on either side, nearest first."""
-    above, below = values * float("inf"), torch.zeros_like(values)
-    up, down = torch.nextafter(values, above), torch.nextafter(values, below)
-    return torch.stack((values, up, down, torch.nextafter(up, above), torch.nextafter(down, below)))
 
 
 def marks(layers: Mapping[str, str]) -> Marks:

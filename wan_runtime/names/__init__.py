@@ -7,6 +7,7 @@ the whole file known: diffusers' `norm2` is the original's `norm3`, so applying 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from wan_runtime.catalogue import Catalogue
 from wan_runtime.errors import BadTensor, CheckpointError, shown
 from wan_runtime.names._parts import another_model
 from wan_runtime.names._variants import LABELS as LABELS
+from wan_runtime.names._variants import PATCH as PATCH
 from wan_runtime.names._variants import Animate as Animate
 from wan_runtime.names._variants import Variant as Variant
 from wan_runtime.names._variants import variant_of as variant_of
@@ -54,21 +56,18 @@ SPELLINGS: Catalogue[Spelling] = Catalogue("wan_runtime.names", Spelling)
 def rename(path: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
     """Apply the longest row that matches whole leading components of a path."""
     parts = path.split(".")
-    if parts[0] in STACKS and len(parts) > 2:
+    if block and parts[0] in STACKS and len(parts) > 2:
         return ".".join((*parts[:2], *_replace(parts[2:], block)))
     return ".".join(_replace(parts, top))
 
 
 def _replace(parts: list[str], rows: Mapping[str, str]) -> list[str]:
-    numbers = [part for part in parts if part.isdigit()]
-    pattern = ["N" if part.isdigit() else part for part in parts]
     for length in range(len(parts), 0, -1):
-        target = rows.get(".".join(parts[:length]))
-        if target is not None:
-            return [*target.split("."), *parts[length:]]
-        target = rows.get(".".join(pattern[:length])) if numbers else None
-        if target is not None:
-            return [*(numbers[0] if part == "N" else part for part in target.split(".")), *parts[length:]]
+        for pattern in itertools.product(*(((p, "N") if p.isdigit() else (p,)) for p in parts[:length])):
+            target = rows.get(".".join(pattern))
+            if target is not None:
+                numbers = [part for part, shape in zip(parts, pattern, strict=False) if shape == "N"]
+                return [*(numbers[0] if p == "N" else p for p in target.split(".")), *parts[length:]]
     return parts
 
 
