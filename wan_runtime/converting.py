@@ -63,7 +63,8 @@ def convert(
     """Write a WAN checkpoint in another dialect, format or spelling.
 
     Args:
-        src: the .safetensors file to read, of any dialect that `inspect` knows.
+        src: the checkpoint to read, of any dialect that `inspect` knows: a .safetensors file, the folder or index of
+            one in several files, or a .pth file, out of which only tensors are taken.
         dst: the .safetensors file to write. An older one is replaced, and only once the new one is complete.
         to: bf16, or a producer's dialect and format, such as comfy-fp8-scaled or modelopt-nvfp4.
         names: "original", "diffusers", or "keep" for the source's own; a prefix is dropped.
@@ -91,14 +92,14 @@ def convert(
     making = Making(device_named(device), scale, None, _threads(threads))
     patterns = (keep,) if isinstance(keep, str) else tuple(keep)
     target = _target(to, names, patterns, per_channel, rest_dtype, activations is not None)
-    source = open_checkpoint(src, dialect=dialect, reference=reference)
+    source = open_checkpoint(src, dialect=dialect, reference=reference, pickle=True)
     if names == "keep":
         target = dataclasses.replace(target, spelling=source.spelling)
     _check_keep(source, target)
     steps = decide(source, target)
     _refuse_nothing(steps, target)
     _check_scale(scale, steps, target)
-    check_place(Path(dst), source.path)
+    check_place(Path(dst), source.header.files)
     if activations is not None:
         making = dataclasses.replace(making, activations=_recorded(activations, steps))
     errors = _execute(source, Path(dst), target, steps, making)
@@ -206,7 +207,7 @@ def _execute(
     specs |= {key: spec_of(tensor) for key, tensor in marks.tensors.items()}
     metadata = {"format": "pt", OWN_MARKER: _marker(source, target, marks.layout), **marks.metadata}
     errors: dict[str, float] = {}
-    with new_safetensors(dst, specs, metadata, source=source.path) as write:
+    with new_safetensors(dst, specs, metadata, sources=source.header.files) as write:
         for key, tensor in marks.tensors.items():
             write(key, tensor)
         for new in watched(made(source, steps, target, making), source, "converting"):
@@ -251,7 +252,7 @@ def _report(
         names=target.spelling.name,
         counts=tuple((action, reason, number) for (action, reason), number in counts.items()),
         errors=dict(errors),
-        bytes_before=source.path.stat().st_size,
+        bytes_before=source.header.nbytes,
         bytes_after=dst.stat().st_size,
         seconds=seconds,
         notes=_notes(source, target, steps),
@@ -259,7 +260,7 @@ def _report(
 
 
 def _notes(source: Checkpoint, target: Target, steps: Mapping[str, Step]) -> tuple[str, ...]:
-    notes = []
+    notes = [f"{note}." for note in source.header.notes]
     already = all(step.action in ("exact", "kept") for step in steps.values())
     if source.layers and already and source.dialect is target.dialect:
         notes.append(

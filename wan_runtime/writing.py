@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,17 +46,17 @@ Write = Callable[[str, torch.Tensor], None]
 
 @contextlib.contextmanager
 def new_safetensors(
-    path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], *, source: Path | None = None
+    path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], *, sources: Iterable[Path] = ()
 ) -> Iterator[Write]:
     """A context whose value writes one tensor: `write(key, tensor)`, once for every key of `specs`.
 
     The file is made beside `path` and renamed onto it, flushed to the disk, when the context ends without an error and
     every tensor was written; otherwise nothing is left and an older file at `path` stays as it was.
 
-    Raises InvalidOption when `path` cannot be a checkpoint's name or is the file being read (`source`),
+    Raises InvalidOption when `path` cannot be a checkpoint's name or is a file being read (`sources`),
     CheckpointError when the disk has no room, UnaccountedTensors when a tensor was not written.
     """
-    check_place(path, source)
+    check_place(path, sources)
     head, places = _laid_out(specs, metadata)
     size = len(head) + sum(spec.nbytes for spec in specs.values())
     _require_room(path, size)
@@ -77,18 +77,16 @@ def new_safetensors(
         file.truncate(size)  # tensors without elements at the end write nothing
 
 
-def check_place(path: Path, source: Path | None) -> None:
-    """Raise InvalidOption unless a new checkpoint may be written to `path`; `source` is the file being read."""
+def check_place(path: Path, sources: Iterable[Path]) -> None:
+    """Raise InvalidOption unless a new checkpoint may be written to `path`; `sources` are the files being read."""
     if path.suffix != ".safetensors":
         raise InvalidOption(f"{path}: the new file's name must end in .safetensors; hosts find files by it.")
     if path.is_dir():
         raise InvalidOption(f"{path} is a folder; give the new file's name.")
     if not path.parent.is_dir():
         raise InvalidOption(f"{path}: there is no folder {path.parent}; make it first.")
-    if source is not None and path.exists() and os.path.samefile(path, source):
-        raise InvalidOption(
-            f"{path} is the file being read; give the new file another name, then delete the old."
-        )
+    if path.exists() and any(os.path.samefile(path, source) for source in sources):
+        raise InvalidOption(f"{path} is being read; give the new file another name, then delete the old.")
 
 
 def _laid_out(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
