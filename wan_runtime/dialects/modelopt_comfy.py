@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from wan_runtime.dialects import Dialect, Evidence, Layer, Marks, Reading, Source, _keys, _swizzle
+from wan_runtime.dialects import Dialect, Evidence, Layer, Marks, Reading, Source, _keys, _scaled, _swizzle
 from wan_runtime.header import Entry, Header
 
 HEADER_KEY = "quantization_config"
@@ -77,7 +77,7 @@ def read(header: Header) -> Reading:
         if not _keys.is_linear_weight(key, entry):
             continue
         if entry.dtype in _keys.FP8:
-            layers[path] = _keys.fp8_layer(header, path, "weight_scale", "input_scale")
+            layers[path] = _scaled.layer(header, path)
         elif entry.dtype == "U8":
             payload = Source(key, "payload", _keys.code_slot)
             layers[path] = _keys.nvfp4_layer(
