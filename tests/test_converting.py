@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import wan_runtime
 from tests.builders import files, wan
-from tests.builders.codes import E2M1, E4M3, Floats, tile_order
+from tests.builders.codes import E2M1, E4M3, E8M0, Floats, tile_order
 from wan_runtime.converting import targets
 from wan_runtime.errors import BadTensor, CheckpointError, InvalidOption, NothingToPatch, UnknownName
 
@@ -33,9 +33,13 @@ LEAVES = {  # target -> leaf beside each quantised weight -> dtype
     "modelopt-fp8": {"weight": "F8_E4M3", "weight_scale": "F32"},
     "comfy-nvfp4": {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32", "comfy_quant": "U8"},
     "modelopt-nvfp4": {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32"},
+    "lightx2v-fp8": {"weight": "F8_E4M3", "weight_scale": "F32"},
+    "lightx2v-nvfp4": {"weight": "U8", "weight_scale": "F8_E4M3", "weight_global_scale": "F32"},
 }
 NVFP4 = [target for target in LEAVES if "nvfp4" in target]
-FP8 = [target for target in LEAVES if "fp8" in target]
+MX = [target for target in LEAVES if target == "mxfp8"]
+FP8 = [target for target in LEAVES if "fp8" in target and target not in MX]
+SWIZZLED = ("comfy-nvfp4", "lightx2v-nvfp4", "mxfp8")
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +63,16 @@ def meant(tensors: Tensors, module: str, target: str) -> Floats:
     codes = raw(tensors[f"{module}.weight"])
     if target in FP8:
         name = "scale_weight" if target == "comfy-fp8-scaled" else "weight_scale"
-        return E4M3[codes] * float(tensors[f"{module}.{name}"])
-    high, low = E2M1[codes >> 4], E2M1[codes & 15]
-    pairs = (high, low) if target.startswith("comfy") else (low, high)
-    values = np.stack(pairs, axis=2).reshape(codes.shape[0], -1)
-    out, groups = values.shape[0], values.shape[1] // 16
+        return np.asarray(E4M3[codes] * tensors[f"{module}.{name}"].double().numpy().reshape(-1, 1))
+    if target in MX:
+        values, block = E4M3[codes], 32
+    else:
+        high, low = E2M1[codes >> 4], E2M1[codes & 15]
+        pairs = (high, low) if target.startswith("comfy") else (low, high)
+        values, block = np.stack(pairs, axis=2).reshape(codes.shape[0], -1), 16
+    out, groups = values.shape[0], values.shape[1] // block
     stored = raw(tensors[f"{module}.weight_scale"])
-    if target.startswith(
-        "comfy"
-    ):  # where each scale went, found by sending its number through the tile order
+    if target in SWIZZLED:  # where each scale went, found by sending its number through the tile order
         places = np.arange(out * groups)
         halves = [tile_order((places >> bits & 255).astype(np.uint8).reshape(out, groups)) for bits in (0, 8)]
         mark = tile_order(np.ones((out, groups), dtype=np.uint8)).astype(bool)
@@ -75,8 +80,18 @@ def meant(tensors: Tensors, module: str, target: str) -> Floats:
         plain = np.zeros(out * groups, dtype=np.uint8)
         plain[number] = stored[mark]
         stored = plain.reshape(out, groups)
-    scale = float(tensors[f"{module}.weight_scale_2"])
-    return np.asarray(values * np.repeat(E4M3[stored] * scale, 16, axis=1))
+    if target in MX:
+        return np.asarray(values * np.repeat(E8M0[stored], block, axis=1))
+    return np.asarray(values * np.repeat(E4M3[stored] * tensor_scale(tensors, module), block, axis=1))
+
+
+def tensor_scale(tensors: Tensors, module: str) -> float:
+    """The fp32 scale of an NVFP4 layer, by whichever keys the producer has for it."""
+    if f"{module}.weight_scale_2" in tensors:
+        return float(tensors[f"{module}.weight_scale_2"])
+    if f"{module}.weight_global_scale" in tensors:
+        return 1 / float(tensors[f"{module}.weight_global_scale"])
+    return float(tensors[f"{module}.alpha"]) * float(tensors[f"{module}.input_global_scale"])
 
 
 def relative(a: Floats, b: Floats) -> float:
@@ -106,7 +121,7 @@ def test_a_plain_file_is_quantised_as_the_producer_does(tmp_path: Path, plain: P
     report = wan_runtime.convert(plain, tmp_path / "new.safetensors", target)
     source, new = load_file(plain), load_file(tmp_path / "new.safetensors")
     written = spelled(tmp_path / "new.safetensors")
-    bound = 0.11 if target in NVFP4 else 0.03
+    bound = {**dict.fromkeys(NVFP4, 0.11), **dict.fromkeys(MX, 0.04)}.get(target, 0.03)
     for module in LAYERS:
         weight = source[f"{module}.weight"].double().numpy()
         beside = {
@@ -116,11 +131,12 @@ def test_a_plain_file_is_quantised_as_the_producer_does(tmp_path: Path, plain: P
         error = relative(meant(new, module, target), weight)
         assert 0.001 < error < bound
         assert report.errors[module] == pytest.approx(error, rel=1e-3)
-        per_tensor = (
-            "weight_scale_2" if target in NVFP4 else next(leaf for leaf in LEAVES[target] if "scale" in leaf)
-        )
-        scale = float(new[f"{module}.{per_tensor}"])
-        assert scale == pytest.approx(np.abs(weight).max() / (2688 if target in NVFP4 else 448), rel=1e-6)
+        if target in NVFP4:
+            assert tensor_scale(new, module) == pytest.approx(np.abs(weight).max() / 2688, rel=1e-6)
+        elif target in FP8:
+            scale = new[f"{module}.{next(leaf for leaf in LEAVES[target] if 'scale' in leaf)}"]
+            amax = np.abs(weight).max(axis=1) if target == "lightx2v-fp8" else np.abs(weight).max()
+            np.testing.assert_allclose(scale.double().numpy().squeeze(), amax / 448, rtol=1e-6)
     assert report.count("quantised") == len(LAYERS) == len(report.errors)
 
 
@@ -130,7 +146,7 @@ def test_fp8_codes_are_the_nearest_ones(tmp_path: Path, plain: Path, target: str
     source, new = load_file(plain), load_file(tmp_path / "new.safetensors")
     for module in LAYERS:
         weight = source[f"{module}.weight"].double().numpy()
-        _, scale, _ = files.fp8(weight, "fp8")
+        _, scale, _ = files.fp8(weight, "fp8", per_row=target == "lightx2v-fp8")
         step = np.abs(E4M3[raw(new[f"{module}.weight"])] - weight / scale)
         finite = np.sort(E4M3[np.isfinite(E4M3)])
         best = np.abs(finite[:, None] - (weight / scale).reshape(1, -1)).min(axis=0).reshape(weight.shape)
@@ -152,6 +168,9 @@ def test_scale_shapes_are_the_producers(tmp_path: Path, plain: Path) -> None:
         "modelopt-fp8": {"weight": [256, 128], "weight_scale": []},
         "comfy-nvfp4": {"weight": [256, 64], "weight_scale": [256, 8], "weight_scale_2": []},
         "modelopt-nvfp4": {"weight": [256, 64], "weight_scale": [256, 8], "weight_scale_2": []},
+        "lightx2v-fp8": {"weight": [256, 128], "weight_scale": [256, 1]},
+        "lightx2v-nvfp4": {"weight": [256, 64], "weight_scale": [256, 8], "weight_global_scale": []},
+        **{target: {"weight": [256, 128], "weight_scale": [256, 4]} for target in MX},
     }
 
 
@@ -163,8 +182,9 @@ def test_the_scaled_fp8_marker_and_the_records_are_written(tmp_path: Path, plain
     assert json.loads(bytes(record.tolist())) == {"format": "nvfp4"}
 
 
-@pytest.mark.parametrize(("target", "dialect"), [("comfy-nvfp4", "comfy"), ("modelopt-nvfp4", "modelopt")])
-def test_what_is_written_is_never_undecidable(tmp_path: Path, plain: Path, target: str, dialect: str) -> None:
+@pytest.mark.parametrize("target", LEAVES)
+def test_what_is_written_is_never_undecidable(tmp_path: Path, plain: Path, target: str) -> None:
+    dialect = targets()[target][0].name
     new = tmp_path / "new.safetensors"
     wan_runtime.convert(plain, new, target)
     mark = json.loads(metadata(new)["wan_runtime"])
@@ -174,9 +194,9 @@ def test_what_is_written_is_never_undecidable(tmp_path: Path, plain: Path, targe
         "plain.safetensors",
         wan_runtime.__version__,
     )
-    assert (mark["nibble"], mark["block scales"]) == (
-        ("even high", "swizzled") if dialect == "comfy" else ("even low", "plain")
-    )
+    nibble = ("even high" if dialect == "comfy" else "even low") if target in NVFP4 else None
+    blocks = ("swizzled" if target in SWIZZLED else "plain") if target in (*NVFP4, *MX) else None
+    assert (mark.get("nibble"), mark.get("block scales")) == (nibble, blocks)
     assert wan_runtime.inspect(new).dialect == dialect
 
 
@@ -188,6 +208,8 @@ EXACT = [  # source dialect, format -> target: the same codes and scales, otherw
     ("comfy_scaled_fp8", "fp8", "modelopt-fp8"),
     ("comfy", "fp8", "comfy-fp8-scaled"),
     ("modelopt", "fp8", "comfy-fp8-scaled"),
+    ("lightx2v", "nvfp4", "lightx2v-nvfp4"),
+    ("lightx2v", "fp8", "lightx2v-fp8"),
 ]
 WRITES = {
     "modelopt-nvfp4": "modelopt",
@@ -195,6 +217,8 @@ WRITES = {
     "comfy-fp8": "comfy",
     "modelopt-fp8": "modelopt",
     "comfy-fp8-scaled": "comfy_scaled_fp8",
+    "lightx2v-fp8": "lightx2v",
+    "lightx2v-nvfp4": "lightx2v",
 }
 
 
@@ -377,7 +401,7 @@ def test_a_file_is_not_converted_onto_itself(tmp_path: Path, plain: Path, alias:
         new.symlink_to(plain)
     elif alias == "hardlink":
         new.hardlink_to(plain)
-    with pytest.raises(InvalidOption, match="the file being read"):
+    with pytest.raises(InvalidOption, match="being read"):
         wan_runtime.convert(plain, new, "bf16")
     assert plain.read_bytes() == before
 
@@ -444,8 +468,11 @@ def test_a_stopped_conversion_leaves_the_older_file_as_it_was(
     assert process.returncode != 0, said
     assert "Traceback" not in said
     assert new.read_bytes() == b"what was there before"
-    if stop != signal.SIGKILL:  # nobody can tidy up after that one
-        assert left_behind(tmp_path) == []
+    if stop == signal.SIGKILL:  # nobody can tidy up after that one but the next to write the same file
+        assert len(left_behind(tmp_path)) == 1
+        wan_runtime.convert(files.Content(wan.state()).write(tmp_path / "in"), new, "comfy-nvfp4")
+        assert wan_runtime.inspect(new).dialect == "comfy"
+    assert left_behind(tmp_path) == []
 
 
 MEASURE = """
@@ -474,3 +501,252 @@ def test_memory_is_bounded_by_a_layer_not_by_the_file(
     grown, size = int(done.stdout), large.stat().st_size
     assert size > 150e6
     assert grown < size / 2, f"converting {size / 1e6:.0f} MB took {grown / 1e6:.0f} MB more memory"
+
+
+def test_every_target_is_the_same_file_whatever_the_threads(tmp_path: Path, plain: Path) -> None:
+    for target in targets():
+        written = set()
+        for threads in (1, 2, 5):
+            new = tmp_path / "new.safetensors"
+            wan_runtime.convert(plain, new, target, threads=threads)
+            written.add(new.read_bytes())
+        assert len(written) == 1, target
+    with pytest.raises(InvalidOption, match="threads=0"):
+        wan_runtime.convert(plain, tmp_path / "new.safetensors", "bf16", threads=0)
+
+
+@pytest.mark.parametrize("target", ["comfy-fp8", "comfy-nvfp4", "lightx2v-fp8"])
+def test_searched_scales_are_the_same_file_whatever_the_threads_and_nowhere_worse(
+    tmp_path: Path, plain: Path, target: str
+) -> None:
+    source, reports, written = load_file(plain), [], []
+    for scale, threads in (("amax", 1), ("mse", 1), ("mse", 3)):
+        new = tmp_path / f"{scale}{threads}.safetensors"
+        reports.append(wan_runtime.convert(plain, new, target, scale=scale, threads=threads))
+        written.append(new)
+    assert written[1].read_bytes() == written[2].read_bytes()
+    amax, searched = load_file(written[0]), load_file(written[1])
+    for module in LAYERS:
+        weight = source[f"{module}.weight"].double().numpy()
+        before, after = (relative(meant(f, module, target), weight) for f in (amax, searched))
+        assert after <= before * (1 + 1e-6)
+        assert reports[1].errors[module] == pytest.approx(after, rel=1e-3)
+    assert sum(reports[1].errors.values()) < 0.999 * sum(reports[0].errors.values())
+
+
+def test_a_search_that_would_do_nothing_is_refused(tmp_path: Path, state: Tensors, plain: Path) -> None:
+    new = tmp_path / "new.safetensors"
+    source = files.comfy(state, LAYERS, "fp8").write(tmp_path / "in")
+    with pytest.raises(InvalidOption, match="carried over as they are"):
+        wan_runtime.convert(source, new, "modelopt-fp8", scale="mse")
+    with pytest.raises(InvalidOption, match="bf16 has none to search"):
+        wan_runtime.convert(source, new, "bf16", scale="mse")
+    with pytest.raises(UnknownName, match="amax, mse"):
+        wan_runtime.convert(plain, new, "comfy-fp8", scale="best")
+    assert not new.exists()
+
+
+def test_a_scale_an_output_channel_where_the_target_can_hold_one(tmp_path: Path, plain: Path) -> None:
+    new = tmp_path / "new.safetensors"
+    report = wan_runtime.convert(plain, new, "comfy-fp8-scaled", per_channel=True)
+    source, written = load_file(plain), load_file(new)
+    for module in LAYERS:
+        weight = source[f"{module}.weight"].double().numpy()
+        scale = written[f"{module}.scale_weight"]
+        assert scale.shape == (weight.shape[0], 1)
+        np.testing.assert_allclose(scale.double().numpy()[:, 0], np.abs(weight).max(axis=1) / 448, rtol=1e-6)
+        assert report.errors[module] == pytest.approx(
+            relative(meant(written, module, "comfy-fp8-scaled"), weight), rel=1e-3
+        )
+    for target in ("modelopt-fp8", "comfy-nvfp4", "bf16"):
+        with pytest.raises(InvalidOption, match="is for comfy-fp8-scaled, lightx2v-fp8"):
+            wan_runtime.convert(plain, new, target, per_channel=True)
+
+
+def test_one_scale_a_tensor_becomes_the_same_scale_for_every_channel(tmp_path: Path, state: Tensors) -> None:
+    content = files.comfy_scaled_fp8(state, LAYERS, "fp8")
+    new, back = tmp_path / "new.safetensors", tmp_path / "back.safetensors"
+    report = wan_runtime.convert(content.write(tmp_path / "in"), new, "lightx2v-fp8")
+    written = load_file(new)
+    for module in LAYERS:
+        assert written[f"{module}.weight_scale"].shape == (state[f"{module}.weight"].shape[0], 1)
+        assert torch.equal(raw_tensor(written, module), raw_tensor(content.tensors, module))
+        assert np.array_equal(meant(written, module, "lightx2v-fp8"), content.weights[module])
+    assert (report.count("exact"), report.errors) == (len(LAYERS), {})
+    kept = wan_runtime.convert(new, back, "comfy-fp8-scaled", per_channel=True)
+    assert kept.count("exact") == len(LAYERS)
+    assert all(
+        np.array_equal(meant(load_file(back), m, "comfy-fp8-scaled"), content.weights[m]) for m in LAYERS
+    )
+
+
+def raw_tensor(tensors: Tensors, module: str) -> torch.Tensor:
+    return tensors[f"{module}.weight"].view(torch.uint8)
+
+
+NVFP4_TRIPS = [
+    ("comfy-nvfp4", "lightx2v-nvfp4"),
+    ("comfy-nvfp4", "modelopt-nvfp4"),
+    ("lightx2v-nvfp4", "modelopt-nvfp4"),
+]
+
+
+@pytest.mark.parametrize(("home", "away"), NVFP4_TRIPS)
+def test_nvfp4_there_and_back_is_the_same_to_the_bit(
+    tmp_path: Path, plain: Path, home: str, away: str
+) -> None:
+    """With input scales, as released files have them; the stored form of a scale without one is a reciprocal."""
+    first, there, back = (tmp_path / f"{name}.safetensors" for name in ("first", "there", "back"))
+    activations = {module: 0.7 + number for number, module in enumerate(LAYERS)}
+    wan_runtime.convert(plain, first, home, "original", activations=activations)
+    assert wan_runtime.convert(first, there, away, "diffusers").count("exact") == len(LAYERS)
+    assert wan_runtime.convert(there, back, home, "original").count("exact") == len(LAYERS)
+    before, after = load_file(first), load_file(back)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        if home == "lightx2v-nvfp4" and key.endswith((".alpha", ".input_global_scale")):
+            continue  # two factors of one number
+        if key.endswith(".input_scale"):  # LightX2V stores its reciprocal, and no weight depends on it
+            assert float(after[key]) == pytest.approx(float(tensor), rel=2**-22)
+            continue
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), after[key].reshape(-1).view(torch.uint8)), (
+            key
+        )
+    for module in LAYERS:
+        assert tensor_scale(before, module) == pytest.approx(tensor_scale(after, module), rel=1e-7)
+
+
+def test_lightx2v_without_input_scales_moves_a_scale_by_the_last_bit_at_most(
+    tmp_path: Path, plain: Path
+) -> None:
+    first, there, back = (tmp_path / f"{name}.safetensors" for name in ("first", "there", "back"))
+    wan_runtime.convert(plain, first, "comfy-nvfp4")
+    wan_runtime.convert(first, there, "lightx2v-nvfp4")
+    wan_runtime.convert(there, back, "comfy-nvfp4")
+    before, after = load_file(first), load_file(back)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        if key.endswith("weight_scale_2"):
+            assert abs(float(after[key]) / float(tensor) - 1) <= 2**-23
+        else:
+            assert torch.equal(tensor.reshape(-1).view(torch.uint8), after[key].reshape(-1).view(torch.uint8))
+
+
+def test_a_source_that_is_the_target_already_is_said_to_be(tmp_path: Path, plain: Path) -> None:
+    first, again = tmp_path / "first.safetensors", tmp_path / "again.safetensors"
+    report = wan_runtime.convert(plain, first, "comfy-nvfp4")
+    assert not any("already" in note for note in report.notes)
+    report = wan_runtime.convert(first, again, "comfy-nvfp4", "diffusers")
+    assert any("is comfy-nvfp4 already" in note for note in report.notes)
+    other = wan_runtime.convert(first, again, "modelopt-nvfp4")
+    assert not any("already" in note for note in other.notes)
+
+
+REST = {  # rest_dtype -> dtypes of a norm, a bias, the modulation, the text embedding and a kept block Linear
+    "auto": ("F32", "F32", "F32", "F16", "F16"),
+    "keep": ("F16", "F16", "F16", "F16", "F16"),
+    "fp32": ("F32", "F32", "F32", "F32", "F32"),
+    "bf16": ("BF16", "BF16", "BF16", "BF16", "BF16"),
+    "fp16": ("F16", "F16", "F16", "F16", "F16"),
+}
+
+
+@pytest.mark.parametrize("rest", REST)
+def test_the_dtype_of_what_is_not_quantised_can_be_asked_for(
+    tmp_path: Path, state: Tensors, rest: str
+) -> None:
+    source = files.Content({key: tensor.half() for key, tensor in state.items()}).write(tmp_path / "in")
+    keys = (
+        "blocks.0.self_attn.norm_q.weight", "blocks.1.ffn.0.bias", "blocks.0.modulation",
+        "text_embedding.0.weight", "blocks.0.ffn.0.weight",
+    )  # fmt: skip
+    new = tmp_path / "new.safetensors"
+    wan_runtime.convert(source, new, "comfy-fp8", keep="blocks.0.ffn.0", rest_dtype=rest)
+    written = spelled(new)
+    assert tuple(written[key][0] for key in keys) == REST[rest]
+    assert written["blocks.1.ffn.0.weight"][0] == "F8_E4M3"
+    wan_runtime.convert(source, new, "bf16", rest_dtype=rest)
+    written = spelled(new)
+    wanted = ("F32",) * 4 if rest == "auto" else REST[rest][:4]
+    assert tuple(written[key][0] for key in keys) == (*wanted, "BF16")
+    with pytest.raises(UnknownName, match="auto, keep, fp32, bf16, fp16"):
+        wan_runtime.convert(source, new, "bf16", rest_dtype="fp8")
+
+
+def test_a_value_beyond_fp16_is_refused_rather_than_made_infinite(tmp_path: Path, state: Tensors) -> None:
+    tensors = dict(state)
+    tensors["blocks.1.ffn.2.bias"] = torch.full_like(tensors["blocks.1.ffn.2.bias"], 1e6)
+    source = files.Content(tensors).write(tmp_path / "in")
+    with pytest.raises(BadTensor, match=r"blocks\.1\.ffn\.2\.bias.*beyond fp16"):
+        wan_runtime.convert(source, tmp_path / "new.safetensors", "comfy-fp8", rest_dtype="fp16")
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+STATIC = {  # target -> leaf of the static input scale, and what its value times the amax is
+    "comfy-fp8-scaled": ("scale_input", 1 / 448, 1),
+    "comfy-fp8": ("input_scale", 1 / 448, 1),
+    "comfy-nvfp4": ("input_scale", 1 / 2688, 1),
+    "modelopt-fp8": ("input_scale", 1 / 448, 1),
+    "modelopt-nvfp4": ("input_scale", 1 / 2688, 1),
+    "lightx2v-fp8": ("input_scale", 1 / 448, 1),
+    "lightx2v-nvfp4": ("input_global_scale", 2688, -1),
+}
+
+
+@pytest.mark.parametrize("target", STATIC)
+def test_recorded_activations_become_input_scales_in_the_producers_spelling(
+    tmp_path: Path, plain: Path, target: str
+) -> None:
+    leaf, factor, power = STATIC[target]
+    activations = {module: 3.0 + number for number, module in enumerate(LAYERS)}
+    new, calls = tmp_path / "new.safetensors", []
+
+    def record() -> dict[str, float]:
+        calls.append(1)
+        return activations
+
+    wan_runtime.convert(plain, new, target, activations=record)
+    written = load_file(new)
+    for module, amax in activations.items():
+        assert written[f"{module}.{leaf}"].shape == ()
+        assert float(written[f"{module}.{leaf}"]) == pytest.approx(factor * amax**power, rel=1e-6)
+    assert calls == [1]
+    read = wan_runtime.load(new, host="diffusers", device="cpu", activation="static")
+    scales = [p for name, p in read.named_parameters() if name.endswith("input_scale")]
+    assert len(scales) == len(LAYERS)
+    over = wan_runtime.convert(
+        new, tmp_path / "over.safetensors", target, activations=dict.fromkeys(LAYERS, 9)
+    )
+    assert over.count("exact") == len(LAYERS)
+    again = load_file(tmp_path / "over.safetensors")
+    assert all(float(again[f"{m}.{leaf}"]) == pytest.approx(factor * 9**power, rel=1e-6) for m in LAYERS)
+
+
+def test_a_calibration_is_not_run_for_what_cannot_be_written(tmp_path: Path, plain: Path) -> None:
+    def never() -> dict[str, float]:
+        raise AssertionError("the calibration ran")
+
+    for options, said in (
+        ({"to": "bf16"}, "no place for calibrated input scales"),
+        ({"to": "lightx2v-fp8", "keep": "nothing.*"}, "matches no module"),
+        ({"to": "comfy-fp8", "keep": "nothing.*"}, "matches no module"),
+    ):
+        with pytest.raises(InvalidOption, match=said):
+            wan_runtime.convert(plain, tmp_path / "new.safetensors", **options, activations=never)  # type: ignore[arg-type]
+    with pytest.raises(InvalidOption, match="being read"):
+        wan_runtime.convert(plain, plain, "comfy-fp8", activations=never)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -1.0, None])
+def test_a_calibration_that_leaves_a_layer_out_is_refused(
+    tmp_path: Path, plain: Path, value: float | None
+) -> None:
+    activations = dict.fromkeys(LAYERS, 1.0)
+    if value is None:
+        del activations["blocks.1.ffn.0"]
+    else:
+        activations["blocks.1.ffn.0"] = value
+    with pytest.raises(InvalidOption, match=r"no amax for 1 of 20 layers, the first 'blocks\.1\.ffn\.0'"):
+        wan_runtime.convert(plain, tmp_path / "new.safetensors", "comfy-fp8", activations=activations)
+    keep = "blocks.1.ffn.0"
+    wan_runtime.convert(plain, tmp_path / "new.safetensors", "comfy-fp8", keep=keep, activations=activations)

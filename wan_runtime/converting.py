@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from wan_runtime.arranging import arranged
 from wan_runtime.backends import device_named
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint
 from wan_runtime.conversion import ConversionReport
@@ -95,6 +96,7 @@ def convert(
     source = open_checkpoint(src, dialect=dialect, reference=reference, pickle=True)
     if names == "keep":
         target = dataclasses.replace(target, spelling=source.spelling)
+    source = arranged(source, target.spelling)
     _check_keep(source, target)
     steps = decide(source, target)
     _refuse_nothing(steps, target)
