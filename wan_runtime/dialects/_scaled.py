@@ -35,9 +35,7 @@ def layer(
     if scale in header.entries and _in_blocks(header.entries[scale], shape[0]):
         _refuse_bytes(header, scale)
         sources = [Source(key, "payload", _keys.code_slot), Source(scale, "scale", block_scales)]
-        return Layer(
-            path, f"{base}_block", shape, (*sources, *_keys.input_scale(header, path, input_leaf))
-        )
+        return Layer(path, f"{base}_block", shape, (*sources, *_keys.input_scale(header, path, input_leaf)))
     return _keys.fp8_layer(header, path, scale_leaf, input_leaf, base)
 
 
