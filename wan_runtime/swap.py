@@ -98,7 +98,7 @@ def execute(
         if decision.action == "quantised":
             slots = staged.slots.pop(bare(decision.path)) if staged else None
             quantised = _quantised(decision, module, slots, tensors.get("bias"), dtype, device_type, static)
-            _set(model, decision.path, quantised)
+            set_module(model, decision.path, quantised)
         else:
             _fill(module, tensors, decision)
             become(module, decision.action)
@@ -165,9 +165,15 @@ def _fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], decision: Deci
         module._parameters[leaf] = _like(parameter, value)
 
 
-def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module where another was."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
+
+
+def set_parameter(module: nn.Module, leaf: str, value: torch.Tensor) -> None:
+    """Give a module's own parameter a value, from a file, without a gradient."""
+    module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
 def undo(model: nn.Module) -> None:
@@ -186,7 +192,7 @@ def undo(model: nn.Module) -> None:
         path = _located(model, decision.path)
         module = model.get_submodule(path)
         if isinstance(module, QuantLinear):
-            _set(model, path, _refilled(module, decision.path, patched.before))
+            set_module(model, path, _refilled(module, decision.path, patched.before))
             continue
         restore(module)
         for leaf, parameter in module._parameters.items():

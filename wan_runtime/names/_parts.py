@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
+from wan_runtime.errors import shown
+
 Part = Literal["text encoder", "VAE", "CLIP image encoder"]
 
 _MARKS: dict[str, tuple[Part, str]] = {
@@ -40,6 +42,17 @@ def part_of(keys: Iterable[str]) -> tuple[Part, str] | None:
             if key.startswith(mark) or f".{mark}" in key:
                 return found
     return None
+
+
+def described(keys: Iterable[str]) -> str:
+    """What a file is, in words, for a message that says what it is not."""
+    keys = list(keys)
+    found = part_of(keys)
+    if found is not None:
+        return f"it is a {found[0]}: {found[1]}. {_PLACES[found[0]]}"
+    if any(mark in key for key in keys for mark in (".self_attn.q.", ".attn1.to_q.")):
+        return "it is a WAN transformer. Give it with --checkpoint (checkpoint=... in Python)."
+    return f"its keys are no known part's: {shown(sorted(keys), 4)}."
 
 
 def another_model(keys: Iterable[str]) -> str | None:
