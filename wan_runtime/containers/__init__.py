@@ -17,8 +17,9 @@ Nothing above this package knows how many files there are, nor where.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,11 @@ def locate(path: Path | str) -> tuple[Found, tuple[str, ...]]:
 
     Raises CheckpointError when there is none, or more than one.
     """
-    path = Path(path)
+    with _readable(Path(path)):
+        return _locate(Path(path))
+
+
+def _locate(path: Path) -> tuple[Found, tuple[str, ...]]:
     notes: tuple[str, ...] = ()
     if path.is_dir():
         path, notes = transformer_in(path)
@@ -111,11 +116,18 @@ def read_header(path: Path | str, *, pickle: bool = False) -> Header:
             f"`wan-runtime convert {found.path.name} {found.path.stem}.safetensors --to ...` takes the tensors out "
             "of it without running any.",
         )
-    try:
+    with _readable(found.path):
         header = container.read(found)
-    except OSError as error:
-        raise CheckpointError(error.filename or found.path, f"it cannot be read ({error}).") from error
     return dataclasses.replace(header, container=container.name, notes=(*notes, *header.notes))
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What the operating system refuses, as a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(error.filename or path, f"it cannot be read ({error.strerror}).") from error
 
 
 def _absent(path: Path) -> str:
