@@ -35,6 +35,7 @@ LEAVES = {  # target -> leaf beside each quantised weight -> dtype
     "modelopt-nvfp4": {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32"},
     "lightx2v-fp8": {"weight": "F8_E4M3", "weight_scale": "F32"},
     "lightx2v-nvfp4": {"weight": "U8", "weight_scale": "F8_E4M3", "weight_global_scale": "F32"},
+    "mxfp8": {"weight": "F8_E4M3", "weight_scale": "U8", "comfy_quant": "U8"},
 }
 NVFP4 = [target for target in LEAVES if "nvfp4" in target]
 MX = [target for target in LEAVES if target == "mxfp8"]
@@ -630,6 +631,22 @@ def test_lightx2v_without_input_scales_moves_a_scale_by_the_last_bit_at_most(
             assert abs(float(after[key]) / float(tensor) - 1) <= 2**-23
         else:
             assert torch.equal(tensor.reshape(-1).view(torch.uint8), after[key].reshape(-1).view(torch.uint8))
+
+
+def test_lightx2vs_mxfp8_becomes_comfys_to_the_bit(tmp_path: Path, state: Tensors) -> None:
+    content = files.lightx2v(state, LAYERS, "mxfp8")
+    first, again = tmp_path / "first.safetensors", tmp_path / "again.safetensors"
+    report = wan_runtime.convert(content.write(tmp_path / "in"), first, "mxfp8")
+    written = load_file(first)
+    for module in LAYERS:
+        assert torch.equal(raw_tensor(written, module), raw_tensor(content.tensors, module))
+        assert np.array_equal(meant(written, module, "mxfp8"), content.weights[module])
+    assert (report.count("exact"), report.errors) == (len(LAYERS), {})
+    wan_runtime.convert(first, again, "mxfp8")
+    for key, tensor in load_file(again).items():
+        assert torch.equal(
+            tensor.reshape(-1).view(torch.uint8), written[key].reshape(-1).view(torch.uint8)
+        ), key
 
 
 def test_a_source_that_is_the_target_already_is_said_to_be(tmp_path: Path, plain: Path) -> None:
