@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,31 +14,34 @@ import wan_runtime
 from tests.builders import files
 from tests.builders.files import Content
 from tests.builders.wan import Sizes, block_linears, state
-from tests.reading import FIRST, NVFP4, QUANTISED, SCALED, content, host, refused
-from wan_runtime.checkpoint import open_checkpoint, stream
+from tests.reading import FIRST, NVFP4, QUANTISED, SCALED, assert_reads, content, host, refused
+from wan_runtime.checkpoint import open_checkpoint, read_layer, stream
 from wan_runtime.errors import BadTensor, CheckpointError, UnaccountedTensors
+from wan_runtime.formats import FORMATS
 
 __all__ = ["host"]  # the fixture
 F8, U8 = torch.float8_e4m3fn, torch.uint8
 
 
-def _scale_leaves(wanted: Content) -> list[str]:
-    """What lies beside a layer's weight and bias."""
+def _scale_leaves(wanted: Content, payload: str) -> list[str]:
+    """What lies beside a layer's codes and bias."""
     leaves = [key.removeprefix(f"{FIRST}.") for key in wanted.tensors if key.startswith(f"{FIRST}.")]
-    return [leaf for leaf in leaves if leaf not in ("weight", "bias")]
+    placeholders = ("input_scale", "output_scale")  # quanto's, of one, which its readers do not need either
+    return [leaf for leaf in leaves if leaf not in (payload, "bias", *placeholders)]
 
 
 @pytest.mark.parametrize(("dialect", "weight_format"), SCALED)
 def test_a_missing_scale_or_record_names_its_layer(
     host: torch.nn.Module, tmp_path: Path, dialect: str, weight_format: str
 ) -> None:
-    leaves = _scale_leaves(content(dialect, weight_format))
+    payload = files.payload_leaf(dialect, weight_format)
+    leaves = _scale_leaves(content(dialect, weight_format), payload)
     assert leaves
     for leaf in leaves:
         wanted = content(dialect, weight_format)
         del wanted.tensors[f"{FIRST}.{leaf}"]
         error = refused(host, wanted.write(tmp_path / leaf), BadTensor, leaf)
-        assert isinstance(error, BadTensor) and error.key == f"{FIRST}.weight"
+        assert isinstance(error, BadTensor) and error.key in (f"{FIRST}.{payload}", f"{FIRST}.weight")
 
 
 @pytest.mark.parametrize(("dialect", "weight_format"), SCALED)
@@ -47,7 +51,11 @@ def test_a_scale_without_a_quantised_weight_is_not_left_over(
     """Beside a norm, an unquantised Linear, and a module that is not there."""
     for module in ("blocks.0.norm3", "text_embedding.0", "blocks.0.self_attn.query"):
         wanted = content(dialect, weight_format)
-        leaf = next(leaf for leaf in _scale_leaves(wanted) if "scale" in leaf)
+        leaf = next(
+            leaf
+            for leaf in _scale_leaves(wanted, files.payload_leaf(dialect, weight_format))
+            if "scale" in leaf
+        )
         key = f"{module}.{leaf}"
         wanted.tensors[key] = torch.full_like(wanted.tensors[f"{FIRST}.{leaf}"].float(), 0.5)
         path = wanted.write(tmp_path / module)
@@ -79,7 +87,7 @@ SHAPES: dict[str, tuple[str, str, str, Callable[[torch.Tensor], torch.Tensor]]] 
     "a packed weight no block divides": ("modelopt", "nvfp4", "weight", lambda t: t[:, :4]),
     "a scale for half the channels": ("comfy_scaled_fp8", "fp8", "scale_weight", lambda t: t.expand(64)),
     "a scale for each input channel": ("modelopt", "fp8", "weight_scale", lambda t: t.expand(1, 128)),
-    "a scale for each block": ("comfy", "fp8", "weight_scale", lambda t: t.expand(2, 2)),
+    "a scale for each block": ("comfy", "fp8", "weight_scale", lambda t: t.expand(3, 2)),
     "an empty scale": ("comfy", "fp8", "weight_scale", lambda t: t.expand(0)),
     "plain block scales cut": ("modelopt", "nvfp4", "weight_scale", lambda t: t[:, :4]),
     "swizzled block scales cut": ("comfy", "nvfp4", "weight_scale", lambda t: t[:64]),
@@ -116,23 +124,36 @@ def test_a_size_that_the_format_cannot_hold_is_refused(host: torch.nn.Module, tm
     refused(host, checkpoint.path, BadTensor)
 
 
-def test_an_integer_weight_under_an_fp8_marker_is_not_read(host: torch.nn.Module, tmp_path: Path) -> None:
+def test_an_integer_weight_under_an_fp8_marker_is_what_its_dtype_says(tmp_path: Path) -> None:
     """One converter writes the scaled_fp8 marker whatever it wrote."""
     wanted = content("comfy_scaled_fp8", "fp8")
-    wanted.tensors[f"{FIRST}.weight"] = torch.ones(128, 128, dtype=torch.int8)
-    wanted.tensors[f"{FIRST}.scale_weight"] = torch.ones(1)
-    error = refused(host, wanted.write(tmp_path), UnaccountedTensors, "They are I8")
-    assert isinstance(error, UnaccountedTensors) and error.unconsumed == (f"{FIRST}.weight",)
+    codes = np.random.default_rng(0).integers(-128, 128, (128, 128), dtype=np.int8)
+    wanted.tensors[f"{FIRST}.weight"] = torch.from_numpy(codes)
+    wanted.tensors[f"{FIRST}.scale_weight"] = torch.full((1,), 0.25)
+    wanted.weights[FIRST] = codes * 0.25
+    checkpoint = open_checkpoint(wanted.write(tmp_path))
+    assert checkpoint.layers[FIRST].format == "int8"
+    assert_reads(checkpoint, wanted)
 
 
-def test_block_scales_that_count_as_many_as_the_channels_are_refused(tmp_path: Path) -> None:
+def test_block_scales_that_count_as_many_as_the_channels_are_no_row_scales(tmp_path: Path) -> None:
     """64 x 64 blocks of [128, 4096] are 2 x 64 = 128 scales, as many as one an output channel would be."""
+    scales = np.random.default_rng(0).uniform(0.1, 1, (2, 64)).astype(np.float32)
     for dialect, leaf in (("comfy", "weight_scale"), ("comfy_scaled_fp8", "scale_weight")):
         writer = files.WRITERS[dialect][0]
         wanted = writer(state(Sizes(text=4096)), ["text_embedding.0", *block_linears()], "fp8")
-        wanted.tensors[f"text_embedding.0.{leaf}"] = torch.rand(2, 64) + 0.1
+        before = wanted.tensors[f"text_embedding.0.{leaf}"].double().item()
+        wanted.tensors[f"text_embedding.0.{leaf}"] = torch.from_numpy(scales)
         checkpoint = open_checkpoint(wanted.write(tmp_path / dialect))
-        with pytest.raises(BadTensor, match=r"shape \[2, 64\] fits neither") as caught:
+        layer = checkpoint.layers["text_embedding.0"]
+        assert layer.format == "fp8_block"
+        weight = FORMATS["fp8_block"].dequantize(read_layer(checkpoint, "text_embedding.0"))
+        each = scales.astype(np.float64)[np.arange(128)[:, None] // 64, np.arange(4096) // 64]
+        truth = wanted.weights["text_embedding.0"] / before * each
+        np.testing.assert_allclose(weight.double().numpy(), truth, rtol=2**-22, atol=0)
+        wanted.tensors[f"text_embedding.0.{leaf}"] = torch.from_numpy(scales).reshape(64, 2)
+        checkpoint = open_checkpoint(wanted.write(tmp_path / dialect))
+        with pytest.raises(BadTensor, match=r"slot scale needs .*\[64, 2\]") as caught:
             list(stream(checkpoint, torch.device("cpu")))
         assert caught.value.key == f"text_embedding.0.{leaf}"
 
@@ -161,7 +182,7 @@ def test_a_damaged_block_scale_is_named(
     host: torch.nn.Module, tmp_path: Path, dialect: str, weight_format: str, code: int, word: str
 ) -> None:
     wanted = content(dialect, weight_format)
-    key = f"{FIRST}.weight_scale"
+    key = f"{FIRST}.{'_weight_scale' if dialect == 'torchao' else 'weight_scale'}"
     bytes_ = wanted.tensors[key].view(U8).clone()
     bytes_[5, 3] = code
     wanted.tensors[key] = bytes_.view(F8)
@@ -182,7 +203,7 @@ def test_a_damaged_input_scale_is_named(host: torch.nn.Module, tmp_path: Path, d
 )  # of the others every code is a number
 def test_a_nan_code_is_named(host: torch.nn.Module, tmp_path: Path, dialect: str, weight_format: str) -> None:
     wanted = content(dialect, weight_format)
-    key = f"{FIRST}.weight"
+    key = f"{FIRST}.{files.payload_leaf(dialect, weight_format)}"
     codes = wanted.tensors[key].view(U8).clone()
     codes[3, 4] = 0xFF
     wanted.tensors[key] = codes.view(wanted.tensors[key].dtype)
@@ -241,7 +262,8 @@ RECORDS: dict[str, tuple[bytes, str]] = {
     "a rotation": (b'{"format": "nvfp4", "convrot": true}', "asks for convrot"),
     "a rotation in params": (b'{"format": "nvfp4", "params": {"convrot": true}}', "asks for convrot"),
     "params that are no object": (b'{"format": "nvfp4", "params": [1]}', "asks for params"),
-    "another format": (b'{"format": "mxfp8"}', "format 'mxfp8'"),
+    "another format": (b'{"format": "mxfp8"}', "MXFP8 block scales are"),
+    "a format that nobody has": (b'{"format": "nvfp5"}', "format 'nvfp5'"),
     "no format": (b"{}", "format None"),
     "a format of another weight": (b'{"format": "float8_e4m3fn"}', "weight_scale"),
     "other blocks": (b'{"format": "nvfp4", "group_size": 32}', "group_size 32"),

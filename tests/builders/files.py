@@ -289,10 +289,28 @@ def input_scale_leaf(dialect: str, weight_format: str) -> str | None:
     return "scale_input" if dialect == "comfy_scaled_fp8" else "input_scale"
 
 
+def payload_leaf(dialect: str, weight_format: str) -> str:
+    """The key of a layer's codes."""
+    packed = dialect == "compressed_tensors" and weight_format in ("nvfp4", "mxfp4", "int4")
+    names = {"turbodiffusion": "int8_weight", "quanto": "weight._data", "torchao": "_weight_qdata"}
+    return "weight_packed" if packed else names.get(dialect, "weight")
+
+
 def float_scale_leaf(dialect: str, weight_format: str) -> str | None:
     """The key of a layer's fp32 scale (of the tensor, where there are two); None where only powers of two scale it."""
     if weight_format in MX:
         return None
     if weight_format == "nvfp4":
-        return "alpha" if dialect == "lightx2v" else "weight_scale_2"
-    return {"comfy_scaled_fp8": "scale_weight", "turbodiffusion": "scale"}.get(dialect, "weight_scale")
+        names = {
+            "lightx2v": "alpha",
+            "compressed_tensors": "weight_global_scale",
+            "torchao": "_weight_per_tensor_scale",
+        }
+        return names.get(dialect, "weight_scale_2")
+    names = {
+        "comfy_scaled_fp8": "scale_weight",
+        "turbodiffusion": "scale",
+        "quanto": "weight._scale",
+        "torchao": "_weight_scale",
+    }
+    return names.get(dialect, "weight_scale")
