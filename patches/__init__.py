@@ -17,6 +17,22 @@ from wan_runtime.names import SPELLINGS, Spelling, Variant
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """What a host's blocks can be given beside quantised Linears.
+
+    head     model -> the size of an attention head.
+    attend   (model, a name of wan_runtime.attention, device type): every attention of the model becomes that one.
+    fuse     a patched model -> notes for its user: its blocks run on fused kernels from now on.
+    restore  undoes attend and fuse.
+    """
+
+    head: Callable[[nn.Module], int]
+    attend: Callable[[nn.Module, str, str], None]
+    fuse: Callable[[nn.Module], list[str]]
+    restore: Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
 class Host:
     """One implementation of a WAN model.
 
@@ -26,6 +42,7 @@ class Host:
     swaps     original module path -> whether its Linear is quantised when no file decides.
     fp32      original module path -> whether the module stays fp32.
     build     Variant -> the model with parameters on the meta device, or None where a file alone cannot build it.
+    blocks    the fused block forward and the choice of attention, or None where this host has its own only.
     """
 
     name: str
@@ -35,6 +52,7 @@ class Host:
     swaps: Callable[[str], bool]
     fp32: Callable[[str], bool]
     build: Callable[[Variant], nn.Module] | None = None
+    blocks: Blocks | None = None
 
     @property
     def names(self) -> Spelling:

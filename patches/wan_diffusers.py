@@ -12,6 +12,7 @@ from wan_runtime.errors import InvalidOption
 from wan_runtime.names import LABELS, Variant
 
 from . import Host
+from ._wan_block import BLOCKS
 
 MODULES = "diffusers.models.transformers"
 CLASSES = {  # the kind of variant -> its class, and the module that holds it
@@ -87,4 +88,5 @@ HOST = Host(
     swaps=rules.swaps,
     fp32=rules.fp32,
     build=build,
+    blocks=BLOCKS,
 )

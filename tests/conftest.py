@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# Triton reads this as it is imported: without a GPU its interpreter runs the kernels, line by line on the CPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Two test processes share the machine's cores; more threads than cores make small tensors many times slower.
 torch.set_num_threads(1)

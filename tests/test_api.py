@@ -143,7 +143,7 @@ def test_explicit_choices_that_cannot_be_served() -> None:
     model = transformer()
     choices: list[tuple[dict[str, Any], str]] = [
         ({"backend": "te"}, "te"),
-        ({"attention": "fa3"}, "leaves attention to the host"),
+        ({"attention": "fa3"}, "needs a Hopper GPU"),
         ({"backend": "reference", "compute": "bf16"}, "it computes in fp32 only"),
     ]
     for options, said in choices:

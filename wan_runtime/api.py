@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from wan_runtime.arranging import arranged
+from wan_runtime.attention import ATTENTIONS, Choice, choose
 from wan_runtime.backends import device_named
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint, stream
 from wan_runtime.containers import locate
 from wan_runtime.errors import BackendUnavailable, InvalidOption
 from wan_runtime.fitting import check_fit, notes, refuse_damaged, refuse_nothing, require_input_scales
 from wan_runtime.inspecting import Inspection, inspect_checkpoint
+from wan_runtime.kernels import refused
 from wan_runtime.obstacles import refuse_unswappable
 from wan_runtime.patches import HOSTS, Host, host_of
 from wan_runtime.plan import Options, plan, tree_of
@@ -56,8 +58,8 @@ def patch(
         weights: "auto" (what the file holds; fp8 without a file), "fp8", "nvfp4", "mxfp8", "int8", ..., or "keep".
         compute: "auto", "fp8", "bf16" (dequantise, then multiply), "fp32" (the reference).
         backend: "auto", "torch" or "reference".
-        attention: "auto" leaves the host's attention.
-        fuse: use the fused block forward where there is one.
+        attention: "auto" (on a GPU the fastest that runs there), "fa3", "cudnn", "sdpa"; see wan_runtime.attention.
+        fuse: run the blocks on fused kernels where the host and the device have them.
         skip: pattern(s) of module paths (either spelling, `*` as in a shell) that stay unquantised.
         dialect: the file's producer, where its marks do not say.
         reference: the bf16 file the checkpoint was made from; settles a file that several dialects fit.
@@ -67,8 +69,7 @@ def patch(
     Raises CheckpointError, BackendUnavailable, HostNotRecognised, NothingToPatch, InvalidOption; the model is then as
     it was.
     """
-    _refuse_unserved(attention)
-    options = Options(weights, compute, backend, _patterns(skip), activation)
+    options = Options(weights, compute, backend, _patterns(skip), activation, attention, fuse)
     if checkpoint is None and (dialect is not None or reference is not None):
         raise InvalidOption("dialect and reference say how to read a checkpoint, and none was given.")
     before = patched_state(model)
@@ -82,7 +83,7 @@ def patch(
         return dataclasses.replace(before.report, already=True)
     host = host_of(model)
     opened = None if checkpoint is None else open_checkpoint(checkpoint, dialect=dialect, reference=reference)
-    return _patch(model, host, opened, options, _compute_dtype(model), fuse)
+    return _patch(model, host, opened, options, _compute_dtype(model))
 
 
 def load(
@@ -105,8 +106,6 @@ def load(
     Returns the patched model in eval mode. Raises as `patch` does.
     """
     target = device_named(device)
-    _refuse_unserved(patch_options.pop("attention", "auto"))
-    fuse = patch_options.pop("fuse", True)
     named = {name: patch_options.pop(name, None) for name in ("dialect", "reference")}
     options = Options(**{**patch_options, "skip": _patterns(patch_options.get("skip", ()))})
     builder = _builder(host)
@@ -115,13 +114,16 @@ def load(
     model = builder.build(opened.variant)
     for parameter in model.parameters():  # the host's own .to(dtype) would warn about its fp32 modules
         parameter.data = parameter.data.to(dtype)
-    _patch(model, builder, opened, options, dtype, fuse, device=target)
+    _patch(model, builder, opened, options, dtype, device=target)
     return model.to(target)
 
 
 def unpatch(model: nn.Module) -> None:
     """Put the model's module tree back as it was; weights that exist only quantised come back dequantised."""
     undo(model)
+    blocks = host_of(model).blocks
+    if blocks is not None:
+        blocks.restore(model)
 
 
 def inspect(path: Path | str, *, dialect: str | None = None) -> Inspection:
@@ -154,7 +156,6 @@ def _patch(
     checkpoint: Checkpoint | None,
     options: Options,
     dtype: torch.dtype,
-    fuse: bool,
     device: torch.device | None = None,
 ) -> Report:
     """Decide, refuse what cannot be, read, and only then change the model."""
@@ -170,6 +171,7 @@ def _patch(
     decisions = plan(tree_of(model, spelling), held, runs_on, options, swaps=host.swaps, fp32=host.fp32)
     refuse_nothing(decisions, options, checkpoint, host.name)
     refuse_unswappable(model, decisions, keeps_weights=checkpoint is None)
+    attention = _attention(model, host, options.attention, runs_on, dtype)
     static = options.activation == "static"
     if static:
         require_input_scales(checkpoint, decisions)
@@ -183,6 +185,7 @@ def _patch(
         staged = stage(watched(stream(checkpoint, target), checkpoint), decisions, spelling, dtype)
     parameters = execute(model, decisions, staged, dtype, runs_on.type, static=static)
     verify_residents(model, decisions)
+    fused, said = _accelerate(model, host, attention, options.fuse, runs_on)
     report = Report(
         host=host.name,
         device=str(runs_on),
@@ -190,7 +193,9 @@ def _patch(
         decisions=tuple(decisions),
         bytes_before=before,
         bytes_after=bytes_of(model),
-        notes=notes(decisions, runs_on, checkpoint, options, fuse),
+        notes=(*notes(decisions, runs_on, checkpoint, options), *said),
+        attention=None if attention is None else attention.name,
+        fused=fused,
         **_provenance(checkpoint),
     )
     remember(model, Patched(tuple(decisions), parameters, report))
@@ -230,9 +235,36 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
     return torch.float16 if dtypes and dtypes.count(torch.float16) > len(dtypes) / 2 else torch.bfloat16
 
 
-def _refuse_unserved(attention: str) -> None:
-    if attention != "auto":
-        raise BackendUnavailable(
-            f"attention={attention!r}",
-            {attention: "this version leaves attention to the host and has no other."},
-        )
+def _attention(
+    model: nn.Module, host: Host, wanted: str, device: torch.device, dtype: torch.dtype
+) -> Choice | None:
+    """The attention to use; None leaves the host's own."""
+    if host.blocks is None:
+        if wanted not in ("auto", *ATTENTIONS):
+            choose(wanted, device, dtype, 0)
+        if wanted != "auto":
+            raise BackendUnavailable(
+                f"attention={wanted!r}", {wanted: f"the attention of a {host.name} model is its own."}
+            )
+        return None
+    return choose(wanted, device, dtype, host.blocks.head(model))
+
+
+def _accelerate(
+    model: nn.Module, host: Host, attention: Choice | None, fuse: bool, device: torch.device
+) -> tuple[bool, list[str]]:
+    """Give a patched model its attention and its fused blocks: (whether fused, what its user should read)."""
+    if host.blocks is None:
+        return False, []
+    said = []
+    if attention is not None:
+        host.blocks.attend(model, attention.name, device.type)
+        said = [f"attention: {name} refused: {why}." for name, why in attention.passed.items()]
+    if not fuse or device.type != "cuda":  # no news on a CPU, where only the host's own forward runs
+        return False, said
+    refusal = refused(device)
+    if attention is None:
+        refusal = "they need one of this library's attentions, and none runs here"
+    if refusal is not None:
+        return False, [*said, f"The host's own block forward is used: fused kernels: {refusal}."]
+    return True, [*said, *host.blocks.fuse(model)]

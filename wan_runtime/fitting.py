@@ -7,7 +7,7 @@ from torch import nn
 
 from wan_runtime.checkpoint import Checkpoint
 from wan_runtime.errors import BadTensor, InvalidOption, NothingToPatch, UnaccountedTensors
-from wan_runtime.names import Spelling, from_original
+from wan_runtime.names import Spelling, from_original, noise_in
 from wan_runtime.plan import Decision, Options
 
 
@@ -99,7 +99,6 @@ def notes(
     device: torch.device,
     checkpoint: Checkpoint | None,
     options: Options,
-    fuse: bool,
 ) -> tuple[str, ...]:
     """What the user should read beside the report's table."""
     said = [] if checkpoint is None else [f"{note}." for note in checkpoint.header.notes]
@@ -113,8 +112,11 @@ def notes(
         said.append("No CUDA GPU: weights are stored quantised and dequantised for each product.")
     if options.activation == "static" and computes <= {"bf16", "fp32"}:
         said.append("activation='static' changes nothing here: these products do not quantise activations.")
-    if fuse and device.type == "cuda":
-        said.append("The host's own block forward is used (no fused one in this version).")
+    noise = noise_in(checkpoint.path) if checkpoint is not None else None
+    if noise is not None:
+        said.append(
+            f"By its name the file is the {noise}-noise expert of a two-expert model; nothing in it says so."
+        )
     if checkpoint is not None and not checkpoint.layers:
         said.append("The file is not quantised; pass weights='fp8' to quantise it while loading.")
     if checkpoint is not None and not any(

@@ -46,6 +46,8 @@ class Options:
     backend: str = "auto"
     skip: tuple[str, ...] = ()
     activation: str = "dynamic"
+    attention: str = "auto"
+    fuse: bool = True
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ class Report:
     bytes_before  bytes of parameters before the patch (on meta: what they would have taken).
     bytes_after   bytes of parameters after it.
     notes         sentences a user should read: what fell back and why, what was odd in the file.
+    attention     the implementation that every attention uses (wan_runtime.attention), or None for the host's own.
+    fused         whether the blocks run on fused kernels.
     already       the model was patched before and nothing was done; the fields are the first patch's.
     """
 
@@ -35,6 +37,8 @@ class Report:
     dialect: str | None = None
     evidence: str | None = None
     notes: tuple[str, ...] = ()
+    attention: str | None = None
+    fused: bool = False
     already: bool = False
 
     @property
@@ -50,9 +54,9 @@ class Report:
     def table(self) -> Table:
         """Rows of like layers: how many, what they hold, who multiplies."""
         title = f"{self.host} on {self.device}" + (f", {self.variant}" if self.variant else "")
-        caption = (
-            f"parameters {gib(self.bytes_before)} -> {gib(self.bytes_after)}, computing in {self.dtype}"
-        )
+        caption = f"parameters {gib(self.bytes_before)} -> {gib(self.bytes_after)}, computing in {self.dtype}"
+        own = "the host's own"
+        caption += f"; attention: {self.attention or own}; block forward: {'fused' if self.fused else own}"
         if self.already:
             title += " (patched before; nothing was done)"
         if self.dialect:

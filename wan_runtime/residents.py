@@ -42,10 +42,10 @@ def keeping_dtype(move: Move) -> Move:
     return keep
 
 
-class _OwnDtype(nn.Module):
+class OwnDtype(nn.Module):
     """Keeps the dtype of the module's own parameters and buffers; its children decide for themselves."""
 
-    _wan_runtime_kind: tuple[str, type[nn.Module]]
+    _wan_runtime_kind: tuple[Kind, type[nn.Module]]
 
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
         if recurse:
@@ -61,7 +61,7 @@ class _OwnDtype(nn.Module):
         return _rebuild, self._wan_runtime_kind, self.__getstate__()  # type: ignore[no-untyped-call]
 
 
-class _Resident(_OwnDtype):
+class _Resident(OwnDtype):
     """A leaf computed in fp32: floating-point inputs are cast up, the result back to the first input's dtype."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ class _Resident(_OwnDtype):
         return result if first is None or not first.is_floating_point() else _as(first.dtype, result)
 
 
-class _Fp32Bias(_OwnDtype):
+class _Fp32Bias(OwnDtype):
     """An unquantised Linear: the weight in the compute dtype, the bias in fp32 and added in fp32."""
 
     weight: torch.Tensor
@@ -85,7 +85,7 @@ class _Fp32Bias(_OwnDtype):
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return keep(tensor) if tensor is bias else fn(tensor)
 
-        return super(_OwnDtype, self)._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return super(OwnDtype, self)._apply(move, recurse)  # type: ignore[no-untyped-call]
 
     def forward(self, input: torch.Tensor) -> Any:
         product = nn.functional.linear(input, self.weight.to(input.dtype))
@@ -94,7 +94,7 @@ class _Fp32Bias(_OwnDtype):
         return (product, None) if served(self) else product
 
 
-class _Model(_OwnDtype):
+class _Model(OwnDtype):
     """The host model itself: `dtype` is the compute dtype, whatever its first parameter is."""
 
     @property
@@ -115,8 +115,10 @@ class _Model(_OwnDtype):
         raise QuantisedWeight("fuse_lora")
 
 
+# A name of _KINDS, or a subclass of OwnDtype that a host defines at the top of a module, so that a pickle can find it.
+Kind = str | type[OwnDtype]
 _KINDS: dict[str, type[nn.Module]] = {
-    "own": _OwnDtype,
+    "own": OwnDtype,
     "resident": _Resident,
     "linear": _Fp32Bias,
     "model": _Model,
@@ -143,25 +145,26 @@ def _up(value: Any) -> Any:
 
 
 @functools.cache
-def _subclass(kind: str, base: Any) -> type[nn.Module]:
+def _subclass(kind: Any, base: Any) -> type[nn.Module]:
     """The subclass of `base` with a kind's behaviour, under the base's own name: hosts look classes up by name."""
     fields = {
         "_wan_runtime_kind": (kind, base),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
     }
-    return type(base.__name__, (_KINDS[kind], base), fields)
+    return type(base.__name__, (_KINDS[kind] if isinstance(kind, str) else kind, base), fields)
 
 
-def _rebuild(kind: str, base: Any) -> nn.Module:
+def _rebuild(kind: Any, base: Any) -> nn.Module:
     cls = _subclass(kind, base)
     return cls.__new__(cls)
 
 
-def become(module: nn.Module, kind: str) -> None:
-    """Give a module the behaviour of a kind: own, resident, linear or model. Its tensors are left as they are."""
+def become(module: nn.Module, kind: Kind) -> None:
+    """Give a module the behaviour of a kind: own, resident, linear, model or a host's. Its tensors stay as they are."""
+    key: Any = kind  # mypy takes no class of modules for hashable
     base: Any = original_class(module)
-    module.__class__ = _subclass(kind, base)
+    module.__class__ = _subclass(key, base)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -170,7 +173,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return kind[1] if kind else type(module)
 
 
-def kind_of(module: nn.Module) -> str | None:
+def kind_of(module: nn.Module) -> Kind | None:
     """Which kind `become` made a module, or None."""
     kind = getattr(type(module), "_wan_runtime_kind", None)
     return kind[0] if kind else None

@@ -6,6 +6,7 @@ compute  how the product is formed: "fp8" (FP8 tensor cores, activations quantis
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,13 @@ from wan_runtime.formats import Slots
 # a fresh tensor in the activations' dtype or fp32.
 Multiply = Callable[[torch.Tensor, Slots, torch.Tensor | None], torch.Tensor]
 
+# (e4m3 codes [tokens, in], their fp32 scale [tokens, 1], weight slots) -> product [tokens, out] without bias.
+Coded = Callable[[torch.Tensor, torch.Tensor, Slots], torch.Tensor]
+
+
+def _no_codes(weight_format: str, compute: str) -> Coded | None:
+    return None
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -28,12 +36,15 @@ class Backend:
     refuses   (format, compute, device, (out, in)) -> why it cannot serve that layer there, or None. Decided by running
               a tiny multiplication on the device, not by a version table.
     kernel    (format, compute) -> the function that multiplies.
+    coded     (format, compute) -> the function that multiplies activations which a fused kernel has quantised a token
+              already, or None where the product does not take e4m3 codes.
     """
 
     name: str
     computes: Callable[[str], tuple[str, ...]]
     refuses: Callable[[str, str, torch.device, tuple[int, int]], str | None]
     kernel: Callable[[str, str], Multiply]
+    coded: Callable[[str, str], Coded | None] = _no_codes
 
 
 BACKENDS: Catalogue[Backend] = Catalogue("wan_runtime.backends", Backend)
@@ -55,6 +66,12 @@ def backend_named(name: str) -> Backend:
 def multiplier(backend: str, weight_format: str, compute: str) -> Multiply:
     """The function that multiplies for a layer."""
     return backend_named(backend).kernel(weight_format, compute)
+
+
+@functools.cache
+def coded_multiplier(backend: str, weight_format: str, compute: str) -> Coded | None:
+    """The function that multiplies e4m3 codes for a layer, or None; looked up once, as a forward asks every time."""
+    return backend_named(backend).coded(weight_format, compute)
 
 
 def device_named(name: str | torch.device | None) -> torch.device:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from wan_runtime.backends import Backend, Multiply
+from wan_runtime.backends import Backend, Coded, Multiply
 from wan_runtime.formats import FORMATS, Slots
 
 FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -80,31 +80,52 @@ def _dequantise_and_multiply(
     return torch.nn.functional.linear(rows, weight)
 
 
+def coded(weight_format: str, compute: str) -> Coded | None:
+    if compute != "fp8":
+        return None
+    if weight_format == "nvfp4":
+        return _coded_nvfp4
+    return functools.partial(_coded_fp8, FP8_DTYPES[weight_format])
+
+
+def _coded_fp8(
+    dtype: torch.dtype, codes: torch.Tensor, token_scale: torch.Tensor, slots: Slots
+) -> torch.Tensor:
+    return _scaled_mm(codes, token_scale, slots["payload"].view(dtype), slots["scale"])
+
+
+def _coded_nvfp4(codes: torch.Tensor, token_scale: torch.Tensor, slots: Slots) -> torch.Tensor:
+    from wan_runtime.kernels.expand_nvfp4 import expand_nvfp4
+
+    weight, scale = expand_nvfp4(slots["payload"], slots["block_scale"], slots["scale"])
+    return _scaled_mm(codes, token_scale, weight, scale)
+
+
 def _fp8(dtype: torch.dtype, rows: torch.Tensor, slots: Slots, static: torch.Tensor | None) -> torch.Tensor:
-    return _scaled_product(rows, slots["payload"].view(dtype), slots["scale"], static)
+    return _coded_fp8(dtype, *_quantised(rows, static), slots)
 
 
 def _nvfp4_as_fp8(rows: torch.Tensor, slots: Slots, static: torch.Tensor | None) -> torch.Tensor:
-    from wan_runtime.kernels.expand_nvfp4 import expand_nvfp4
-
-    codes, scale = expand_nvfp4(slots["payload"], slots["block_scale"], slots["scale"])
     # An NVFP4 input scale is amax / 2688; an FP8 one of the same amax is 6 times larger.
-    return _scaled_product(rows, codes, scale, None if static is None else static * 6)
+    return _coded_nvfp4(*_quantised(rows, None if static is None else static * 6), slots)
 
 
-def _scaled_product(
-    rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, static: torch.Tensor | None
-) -> torch.Tensor:
-    """rows [tokens, in] x weight [out, in] codes -> bf16 [tokens, out]."""
-    if not rows.shape[0]:  # cuBLAS refuses an empty product
-        return rows.new_empty(0, weight.shape[0], dtype=torch.bfloat16)
+def _quantised(rows: torch.Tensor, static: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows [tokens, in] -> e4m3 codes and their scale [tokens, 1]: one a token, or the file's for all."""
+    if static is not None:
+        codes = (rows.float() / static).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return codes, static.expand(rows.shape[0], 1).contiguous()
     from wan_runtime.kernels.quantize_rows import quantize_rows
 
-    if static is None:
-        codes, token_scale = quantize_rows(rows)
-    else:
-        codes = (rows.float() / static).clamp(-448, 448).to(torch.float8_e4m3fn)
-        token_scale = static.expand(rows.shape[0], 1).contiguous()
+    return quantize_rows(rows)
+
+
+def _scaled_mm(
+    codes: torch.Tensor, token_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """codes [tokens, in] x weight codes [out, in] -> bf16 [tokens, out]."""
+    if not codes.shape[0]:  # cuBLAS refuses an empty product
+        return torch.empty(0, weight.shape[0], dtype=torch.bfloat16, device=codes.device)
     channel_scale = scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()
     return torch._scaled_mm(
         codes,
@@ -116,4 +137,4 @@ def _scaled_product(
     )
 
 
-BACKEND = Backend(name="torch", computes=computes, refuses=refuses, kernel=kernel)
+BACKEND = Backend(name="torch", computes=computes, refuses=refuses, kernel=kernel, coded=coded)

@@ -1,0 +1,223 @@
+"""The forward of a WAN block on fused kernels, for any host that can name the block's parts.
+
+The residual stream stays in the compute dtype. Between two products nothing passes over the activations more than
+once: each kernel reads what a product gave, adds that product's fp32 bias, and writes what the next product reads, as
+FP8 codes with one scale a token where that product takes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from wan_runtime.attention import Attend
+from wan_runtime.backends import coded_multiplier
+from wan_runtime.linear import QuantLinear
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """q, k, v and o are linears, norm_q and norm_k RMSNorms over the whole width."""
+
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    norm_q: nn.Module
+    norm_k: nn.Module
+    heads: int
+    attend: Attend
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """As SelfAttention, on text; and on an image too where `image` holds (k, v, norm_k)."""
+
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    norm_q: nn.Module
+    norm_k: nn.Module
+    heads: int
+    attend: Attend
+    image: tuple[nn.Module, nn.Module, nn.Module] | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block's parts. `norm2` is the affine LayerNorm before cross-attention, or None where the host has none."""
+
+    self_attention: SelfAttention
+    cross_attention: CrossAttention
+    norm2: nn.LayerNorm | None
+    up: nn.Module
+    down: nn.Module
+    eps1: float
+    eps3: float
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the blocks attend to: text, and image tokens ahead of it or None. Both [batch, tokens, width]."""
+
+    text: torch.Tensor
+    image: torch.Tensor | None
+
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]  # both [batch, tokens, heads, head]
+
+
+def takes_codes(module: nn.Module) -> bool:
+    """Whether a linear multiplies e4m3 codes: quantised, planned for codes, and touched by nobody since."""
+    return (
+        type(module) is QuantLinear
+        and not module.static
+        and not module.corrected
+        and not module.pair
+        and module.planned_for == module.get_parameter("payload").device.type
+        and coded_multiplier(module.backend, module.format, module.compute) is not None
+        and hooked(module) is None
+    )
+
+
+def hooked(module: nn.Module) -> str | None:
+    """What would be missed by reading a module's tensors instead of calling it, in words; None where nothing would."""
+    registry = getattr(module, "_diffusers_hook", None)
+    if getattr(module, "_hf_hook", None) is not None:
+        return "an accelerate hook"
+    if registry is not None and registry.hooks:
+        return "a diffusers hook"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "a forward hook"
+    return None
+
+
+def multiply(module: nn.Module, rows: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A linear's product, and the bias that is still to be added to it (fp32), or None where it is in already."""
+    if rows.scale is None:
+        return module(rows.values), None
+    assert isinstance(module, QuantLinear)
+    coded = coded_multiplier(module.backend, module.format, module.compute)
+    assert coded is not None
+    return coded(rows.values, rows.scale, module.slots), module.bias
+
+
+def keys_and_values(
+    k: nn.Module, v: nn.Module, norm_k: nn.Module, heads: int, tokens: torch.Tensor, kernels: Any
+) -> KeysValues:
+    """K (normalised) and V of context tokens [batch, tokens, width], with their biases."""
+    batch, count, width = tokens.shape
+    rows = tokens.reshape(batch * count, width)
+    key = kernels.norm_rope(k(rows), None, weight_of(norm_k), eps_of(norm_k), None)
+    return key.view(batch, count, heads, -1), v(rows).view(batch, count, heads, -1)
+
+
+def weight_of(norm: nn.Module) -> torch.Tensor:
+    """A norm's weight in fp32."""
+    return norm.get_parameter("weight").detach().float()
+
+
+def eps_of(norm: nn.Module) -> float:
+    """A norm's epsilon; torch's RMSNorm means the dtype's own by None."""
+    eps: float | None = norm.eps  # type: ignore[assignment]
+    return torch.finfo(torch.float32).eps if eps is None else eps
+
+
+def forward(
+    block: Block,
+    x: torch.Tensor,
+    modulation: torch.Tensor,
+    index: torch.Tensor | None,
+    table: torch.Tensor | None,
+    context: list[KeysValues],
+    kernels: Any,
+) -> torch.Tensor:
+    """One block.
+
+    Args:
+        x: the residual stream [batch, tokens, width]; left as it is.
+        modulation: [entries, 6, width] fp32: shift, scale and gate of attention, then of the feed-forward.
+        index: which entry each of the batch * tokens rows takes, int32, or None where all take the first.
+        table: rotary table [tokens, head] of norm_rope, or None.
+        context: K and V of the text, then of the image where there is one.
+        kernels: wan_runtime.kernels.fused.TRITON, or TWINS.
+
+    Returns the stream after the block, a new tensor.
+    """
+    from wan_runtime.kernels.norm_modulate import Modulation
+
+    batch, tokens, width = x.shape
+    me, cross = block.self_attention, block.cross_attention
+    stream = x.reshape(batch * tokens, width)
+    shift, scale, gate, shift3, scale3, gate3 = modulation.unbind(1)
+
+    norm1 = Modulation(scale, shift, block.eps1, index=index)
+    rows = kernels.norm_modulate(stream, norm1, all(takes_codes(m) for m in (me.q, me.k, me.v)))
+    attended, v_bias = _self_attention(me, rows, batch, tokens, table, kernels)
+    rows = kernels.attention_output(attended, v_bias, None, takes_codes(me.o))
+    y, bias = multiply(me.o, rows)
+
+    if block.norm2 is None:
+        stream, _ = kernels.residual_norm(y, bias, gate, stream, index, None, False)
+        rows = _plain(stream)
+    else:
+        stream, rows = kernels.residual_norm(
+            y, bias, gate, stream, index, _affine(block.norm2), takes_codes(cross.q)
+        )
+    y, bias = _cross_attention(cross, rows, batch, tokens, context, kernels)
+
+    norm3 = Modulation(scale3, shift3, block.eps3, index=index)
+    stream, rows = kernels.residual_norm(
+        y, bias, None, stream, None, norm3, takes_codes(block.up), into=stream
+    )
+    hidden, bias = multiply(block.up, rows)
+    y, bias = multiply(block.down, kernels.gelu_quantize(hidden, bias, takes_codes(block.down)))
+    del hidden
+    stream, _ = kernels.residual_norm(y, bias, gate3, stream, index, None, False, into=stream)
+    result: torch.Tensor = stream.view(batch, tokens, width)
+    return result
+
+
+def _self_attention(
+    part: SelfAttention, rows: Any, batch: int, tokens: int, table: torch.Tensor | None, kernels: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What self-attention gives [batch * tokens, width], and v's bias where it is still to be added."""
+    q, q_bias = multiply(part.q, rows)
+    k, k_bias = multiply(part.k, rows)
+    v, v_bias = multiply(part.v, rows)
+    q = kernels.norm_rope(q, q_bias, weight_of(part.norm_q), eps_of(part.norm_q), table)
+    k = kernels.norm_rope(k, k_bias, weight_of(part.norm_k), eps_of(part.norm_k), table)
+    # A coded product is bf16 whatever the host's dtype, and one of the three may not be coded.
+    q, k, v = (t.to(q.dtype).view(batch, tokens, part.heads, -1) for t in (q, k, v))
+    return part.attend(q, k, v).reshape(batch * tokens, -1), v_bias
+
+
+def _cross_attention(
+    part: CrossAttention, rows: Any, batch: int, tokens: int, context: list[KeysValues], kernels: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The product of cross-attention's output projection, and its bias where it is still to be added."""
+    q, q_bias = multiply(part.q, rows)
+    q = kernels.norm_rope(q, q_bias, weight_of(part.norm_q), eps_of(part.norm_q), None)
+    q = q.view(batch, tokens, part.heads, -1)
+    attended = [
+        part.attend(q, key.to(q.dtype), value.to(q.dtype)).reshape(batch * tokens, -1)
+        for key, value in context
+    ]
+    other = attended[1] if len(attended) > 1 else None
+    return multiply(part.o, kernels.attention_output(attended[0], None, other, takes_codes(part.o)))
+
+
+def _affine(norm: nn.LayerNorm) -> Any:
+    from wan_runtime.kernels.norm_modulate import Modulation
+
+    return Modulation(norm.weight.float()[None], norm.bias.float()[None], norm.eps, plus=0.0)
+
+
+def _plain(values: torch.Tensor) -> Any:
+    from wan_runtime.kernels._rows import Rows
+
+    return Rows(values)

@@ -1,0 +1,81 @@
+"""What the fused blocks of one model share from one forward to the next: caches, and nothing that a copy must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ._fused import KeysValues
+
+PROMPTS = 2  # a guided step asks for two: the prompt and the negative prompt
+
+
+class Prompt:
+    """One context [batch, tokens, width], and what each block made of it."""
+
+    def __init__(self, context: torch.Tensor) -> None:
+        self.context = context.detach().clone()  # compared by value: the host may write into its own
+        self.made: dict[int, list[KeysValues]] = {}
+
+    def is_of(self, context: torch.Tensor) -> bool:
+        mine = self.context
+        same = (mine.shape, mine.dtype, mine.device) == (context.shape, context.dtype, context.device)
+        return same and torch.equal(mine, context)
+
+
+class Shared:
+    """Caches of one model. A copy or a pickle of it starts empty.
+
+    prompts  K and V of the last prompts, a block: they depend on the prompt and the weights alone.
+    table    the rotary table made of the host's, kept while the host hands out the same one.
+    steps    the distinct timesteps' modulation of this forward, where the host expands it to every token.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: weights moved or changed."""
+        self.prompts: list[Prompt] = []
+        self.current: tuple[torch.Tensor, Prompt] | None = None
+        self.rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.steps: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def begin(self) -> None:
+        """A forward begins: what was known by identity alone is no longer."""
+        self.current = None
+        self.steps = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.clear()
+
+    def keys_values(
+        self, block: int, context: torch.Tensor, make: Callable[[], list[KeysValues]]
+    ) -> list[KeysValues]:
+        """What `make` gives for a block and a context, remembered for the last PROMPTS contexts.
+
+        The first block of a forward compares the context by value (on a GPU that waits for it, once a forward).
+        """
+        if self.current is None or self.current[0] is not context:
+            self.current = (context, self._prompt(context))
+        made = self.current[1].made
+        if block not in made:
+            made[block] = make()
+        return made[block]
+
+    def _prompt(self, context: torch.Tensor) -> Prompt:
+        found = next((prompt for prompt in self.prompts if prompt.is_of(context)), None) or Prompt(context)
+        self.prompts = [found, *(prompt for prompt in self.prompts if prompt is not found)][:PROMPTS]
+        return found
+
+    def rotary_table(self, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+        """diffusers' tables [1, tokens, 1, head], each value twice -> norm_rope's [tokens, head] fp32."""
+        if self.rotary is None or self.rotary[0] is not cosines:
+            halves = (cosines[0, :, 0, 0::2], sines[0, :, 0, 1::2])
+            self.rotary = (cosines, torch.cat(halves, 1).float().contiguous())
+        return self.rotary[1]

@@ -1,0 +1,290 @@
+"""The fused block forward inside diffusers' own models: the kernels' plain-torch twins on the CPU, in fp32, against the
+host's forward of the same patched model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanVACETransformer3DModel
+from torch import nn
+
+pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-runtime[dev]')")
+
+import wan_runtime
+from tests.builders.wan import TINY, Sizes
+from tests.hosts.diffusers import error, inputs, transformer
+from wan_runtime.errors import BackendUnavailable, InvalidOption
+from wan_runtime.linear import QuantLinear
+from wan_runtime.patches import _wan_block
+from wan_runtime.patches._attention_processor import Processor
+from wan_runtime.patches._fused import takes_codes
+
+IMAGE = Sizes(image=64)
+EXACT = 2e-5  # fp32 sums in another order
+
+
+def patched(sizes: Sizes = TINY, **options: Any) -> Any:
+    model = transformer(sizes=sizes)
+    wan_runtime.patch(model, attention="sdpa", **options)
+    return model.to(torch.float32)
+
+
+def fused(model: Any) -> Any:
+    twin = copy.deepcopy(model)
+    assert _wan_block.fuse(twin, "TWINS") == [] or torch.is_grad_enabled()
+    return twin
+
+
+@torch.no_grad()
+def run(model: Any, **changes: Any) -> torch.Tensor:
+    result: torch.Tensor = model(**{**inputs(batch=changes.pop("batch", 1)), **changes})[0]
+    return result
+
+
+class Spy:
+    """Counts the blocks that ran fused."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        ran = _wan_block.run
+
+        def counted(*args: Any) -> torch.Tensor:
+            self.count += 1
+            return ran(*args)
+
+        monkeypatch.setattr(_wan_block, "run", counted)
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    return Spy(monkeypatch)
+
+
+@pytest.mark.parametrize("options", [{"weights": "fp8"}, {"weights": "nvfp4"}, {"weights": "keep"}])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_text_to_video(options: dict[str, Any], batch: int, spy: Spy) -> None:
+    model = patched(**options)
+    expected = run(model, batch=batch)
+    assert spy.count == 0
+    assert error(run(fused(model), batch=batch), expected) < EXACT
+    assert spy.count == TINY.layers
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 12])
+def test_a_timestep_a_token(distinct: int, spy: Spy) -> None:
+    model = patched()
+    tokens = 3 * 4 * 4
+    timestep = (torch.arange(tokens) % distinct * 70.0 + 3)[None]
+    expected = run(model, timestep=timestep)
+    assert error(run(fused(model), timestep=timestep), expected) < EXACT
+    both = torch.cat((timestep, timestep.flip(1)))
+    assert error(run(fused(model), timestep=both, batch=2), run(model, timestep=both, batch=2)) < EXACT
+    assert spy.count == 2 * TINY.layers
+
+
+def test_distinct_timesteps_are_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fused(patched())
+    seen = []
+    model.condition_embedder.time_proj.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].shape[0])
+    )
+    tokens = 3 * 4 * 4
+    run(model, timestep=(torch.arange(tokens) < 16)[None] * 500.0)
+    assert seen == [2]
+
+
+def test_image_context(spy: Spy) -> None:
+    model = patched(IMAGE)
+    image = torch.randn(1, 257, 64, generator=torch.Generator().manual_seed(3))
+    text = torch.randn(1, 512, TINY.text, generator=torch.Generator().manual_seed(4))
+    arguments = {"encoder_hidden_states_image": image, "encoder_hidden_states": text}
+    assert error(run(fused(model), **arguments), run(model, **arguments)) < EXACT
+    assert spy.count == IMAGE.layers
+
+
+def test_vace(spy: Spy) -> None:
+    torch.manual_seed(0)
+    model = WanVACETransformer3DModel(
+        num_attention_heads=1, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=TINY.text,
+        freq_dim=32, ffn_dim=256, num_layers=2, vace_layers=[0, 1], vace_in_channels=96,
+    ).eval().requires_grad_(False)  # fmt: skip
+    wan_runtime.patch(model, attention="sdpa", weights="fp8")
+    model.to(torch.float32)
+    control = torch.randn(1, 96, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    expected = run(model, control_hidden_states=control)
+    assert error(run(fused(model), control_hidden_states=control), expected) < EXACT
+    assert spy.count == 4
+
+
+def coded(model: Any) -> Any:
+    """The model planned as it would be on a GPU: its products take e4m3 codes (torch multiplies those on a CPU too)."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.compute = "fp8"
+            assert takes_codes(module)
+    return model
+
+
+def test_products_that_take_codes(spy: Spy) -> None:
+    model = patched()
+    expected = run(model)
+    result = run(coded(fused(model)))
+    assert spy.count == TINY.layers
+    assert (
+        1e-3 < error(result, expected) < 0.06
+    )  # what e4m3 activations cost, and not what a lost bias or scale would
+
+
+@pytest.mark.parametrize("left_out", ["blocks.0.attn1.to_k", "blocks.0.ffn.net.2", "blocks.1.attn2.to_out.0"])
+def test_one_layer_that_takes_plain_rows_among_codes(left_out: str) -> None:
+    model = patched()
+    mixed = coded(fused(model))
+    mixed.get_submodule(left_out).compute = "bf16"
+    assert not takes_codes(mixed.get_submodule(left_out))
+    assert error(run(mixed), run(model)) < 0.06
+
+
+def test_a_wrapped_layer_is_called_and_its_adapter_counts(spy: Spy) -> None:
+    from peft import LoraConfig
+
+    model = patched()
+    twin = fused(model)
+    for each in (model, twin):
+        torch.manual_seed(1)
+        each.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v", "net.2"], init_lora_weights=False))
+        each.requires_grad_(False)
+    plain = run(model)
+    assert error(run(twin), plain) < EXACT and spy.count == TINY.layers
+    model.disable_adapters()
+    assert error(run(model), plain) > 0.01  # the adapter does something
+
+
+def test_prompts_are_remembered_by_value(spy: Spy) -> None:
+    model = patched()
+    twin = coded(fused(model))
+    calls = []
+    twin.get_submodule("blocks.1.attn2.to_k").register_forward_hook(lambda *_: calls.append(1))
+    first = run(twin)
+    other = torch.randn_like(inputs()["encoder_hidden_states"])
+    assert error(run(twin, encoder_hidden_states=other), first) > 1e-4
+    assert torch.equal(run(twin), first)
+    shared = twin.blocks[0].__dict__[_wan_block.MEMO][0]
+    assert len(shared.prompts) == 2
+    assert set(shared.prompts[0].made) == {0}  # block 1's k carries a hook: called each time
+    assert len(calls) == 3
+    third = torch.randn_like(other)
+    run(twin, encoder_hidden_states=third)
+    assert len(shared.prompts) == 2 and shared.prompts[0].context.shape[1] == other.shape[1]
+    twin.to(torch.float32)
+    assert shared.prompts == []
+
+
+def test_new_weights_forget_what_the_old_ones_made() -> None:
+    model = patched()
+    twin = coded(fused(model))
+    before = run(twin)
+    state = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
+    for name in state:
+        if name.endswith("attn2.to_v.payload"):
+            state[name] = state[name].flip(0)
+    twin.load_state_dict(state)
+    assert error(run(twin), before) > 1e-4
+
+
+def test_a_copy_and_a_pickle_run_fused_and_share_nothing(spy: Spy) -> None:
+    twin = fused(patched())
+    expected = run(twin)
+    for other in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin))):
+        spy.count = 0
+        assert torch.equal(run(other), expected) and spy.count == TINY.layers
+        theirs = {id(block.__dict__[_wan_block.MEMO][0]) for block in other.blocks}
+        assert len(theirs) == 1 and id(twin.blocks[0].__dict__[_wan_block.MEMO][0]) not in theirs
+
+
+def _hook_norm(model: Any) -> None:
+    model.blocks[0].attn1.norm_q.register_forward_hook(lambda *_: None)
+
+
+def _processor(model: Any) -> None:
+    model.blocks[0].attn1.processor = model.blocks[0].attn1.processor.replaced
+
+
+def _backend(model: Any) -> None:
+    model.blocks[0].attn1.set_attention_backend("native")
+
+
+def _gradients(model: Any) -> None:
+    model.blocks[0].norm2.weight.requires_grad_(True)
+    torch.set_grad_enabled(True)
+
+
+@pytest.mark.parametrize("obstacle", [_hook_norm, _processor, _backend])
+def test_what_something_else_holds_takes_the_hosts_forward(obstacle: Any, spy: Spy) -> None:
+    model = patched()
+    twin = fused(model)
+    obstacle(twin)
+    assert error(run(twin), run(model)) < EXACT
+    assert spy.count == TINY.layers - 1
+
+
+def test_gradients_flow_through_the_hosts_forward(spy: Spy) -> None:
+    twin = patched()
+    twin.blocks[0].norm2.weight.requires_grad_(True)
+    notes = _wan_block.fuse(twin, "TWINS")
+    assert any("gradients" in note for note in notes)
+    twin(**inputs())[0].sum().backward()
+    assert twin.blocks[0].norm2.weight.grad.abs().sum() > 0
+
+
+def test_without_the_twins_a_cpu_takes_the_hosts_forward(spy: Spy) -> None:
+    model = patched()
+    twin = copy.deepcopy(model)
+    assert any("need a GPU" in note for note in _wan_block.fuse(twin))
+    assert torch.equal(run(twin), run(model)) and spy.count == 0
+
+
+def test_unpatch_takes_it_all_off() -> None:
+    model = transformer()
+    before = [(path, type(module)) for path, module in model.named_modules()]
+    keys = {path: set(module.__dict__) for path, module in model.named_modules()}
+    wan_runtime.patch(model, attention="sdpa")
+    _wan_block.fuse(model, "TWINS")
+    run(model)
+    assert isinstance(model.blocks[0].attn1.processor, Processor)
+    wan_runtime.unpatch(model)
+    assert [(path, type(module)) for path, module in model.named_modules()] == before
+    assert {path: set(module.__dict__) for path, module in model.named_modules()} == keys
+    assert type(model.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"
+
+
+def test_a_model_without_blocks_cannot_be_fused() -> None:
+    with pytest.raises(InvalidOption, match="no WAN block"):
+        _wan_block.fuse(nn.Linear(2, 2))
+
+
+def test_the_choice_of_attention_is_kept_or_refused() -> None:
+    model = transformer()
+    with pytest.raises(BackendUnavailable, match=r"fa3.*Hopper"):
+        wan_runtime.patch(model, attention="fa3")
+    with pytest.raises(BackendUnavailable, match=r"cudnn.*needs a GPU"):
+        wan_runtime.patch(model, attention="cudnn")
+    with pytest.raises(InvalidOption, match="auto, cudnn, fa3"):
+        wan_runtime.patch(model, attention="flash")
+    report = wan_runtime.patch(model, attention="sdpa")
+    assert report.attention == "sdpa" and report.fused is False
+    assert "attention: sdpa" in str(report)
+    model = transformer()
+    assert wan_runtime.patch(model).attention is None
+    assert type(model.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"
+
+
+def test_our_processor_is_the_hosts_where_it_is_not_fused() -> None:
+    plain = transformer()
+    expected = run(plain)
+    model = transformer()
+    wan_runtime.patch(model, weights="keep", attention="sdpa")
+    assert error(run(model.to(torch.float32)), expected) < EXACT
