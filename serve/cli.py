@@ -45,9 +45,9 @@ def serve(
     base: Annotated[str | None, typer.Option(help=(
         "Diffusers directory or hub id with the text encoder, VAE, tokenizer and scheduler."))] = None,
     text_encoder: Annotated[Path | None, typer.Option(exists=True, resolve_path=True, help=(
-        "Diffusers directory of another text encoder."))] = None,
+        "Another text encoder: a .safetensors file, plain or quantised, or a diffusers directory."))] = None,
     vae: Annotated[Path | None, typer.Option(exists=True, resolve_path=True, help=(
-        "Diffusers directory of another VAE."))] = None,
+        "Another VAE: a .safetensors file or a diffusers directory."))] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = DEFAULTS.host,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = DEFAULTS.port,
     allow_remote: Annotated[bool, typer.Option("--allow-remote", help=(

@@ -380,7 +380,7 @@ def test_a_script_without_a_wan_model_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("clean")
 def test_a_checkpoint_that_no_model_took_is_an_error(saved: Path, tmp_path: Path) -> None:
-    high, low = (checkpoint(tmp_path / f"{name}.safetensors") for name in ("high", "low"))
+    high, low = (checkpoint(tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("high", "low")))
     with pytest.raises(InvalidOption, match=r"loaded no model for .*low\.safetensors"):
         run_script(
             write(tmp_path, SCRIPT), [str(saved / "transformer")],
@@ -402,7 +402,7 @@ def test_a_script_that_exits_well_is_checked_too(saved: Path, tmp_path: Path, co
     with pytest.raises(NothingToPatch, match="ended without loading a WAN model"):
         run_script(write(tmp_path, f"import sys\nsys.exit({code})"))
     script = write(tmp_path, f"{SCRIPT}\nsys.exit({code})")
-    high, low = (checkpoint(tmp_path / f"{name}.safetensors") for name in ("high", "low"))
+    high, low = (checkpoint(tmp_path / f"{n}.safetensors", seed=i) for i, n in enumerate(("high", "low")))
     options = {"checkpoint": high, "checkpoint_low": low, "weights": "fp8"}
     with pytest.raises(InvalidOption, match=r"loaded no model for .*low\.safetensors"):
         run_script(script, [str(saved / "transformer")], options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wan_runtime.errors import CheckpointError, InvalidOption
+from tests.builders import files
+from wan_runtime.errors import CheckpointError, InvalidOption, UnaccountedTensors
 from wan_runtime.generating import clip_profile, generate
+from wan_runtime.linear import QuantLinear
+from wan_runtime.names import to_original
 from wan_runtime.pipelines import load_pipeline, tiny_base, tiny_checkpoint
+from wan_runtime.vaes import names_of
 
 
 def base_with(folder: Path, part: str, **changes: object) -> Path:
@@ -36,8 +41,18 @@ def test_the_vae_stays_fp32_beside_a_bf16_transformer() -> None:
     assert pipe.vae.dtype == torch.float32
 
 
-def test_two_checkpoints_are_two_experts() -> None:
-    pipe = load_pipeline(tiny_checkpoint(), checkpoint_low=tiny_checkpoint(), device="cpu")
+@pytest.fixture(scope="module")
+def low(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second expert: the tiny model with another modulation."""
+    weights = load_file(tiny_checkpoint())
+    weights["scale_shift_table"] = weights["scale_shift_table"] * 1.1
+    path = tmp_path_factory.mktemp("low") / "wan_low_noise.safetensors"
+    save_file(weights, path)
+    return path
+
+
+def test_two_checkpoints_are_two_experts(low: Path) -> None:
+    pipe = load_pipeline(tiny_checkpoint(), checkpoint_low=low, device="cpu")
     assert pipe.config.boundary_ratio == 0.875
     assert pipe.transformer_2 is not None and pipe.transformer_2 is not pipe.transformer
     used = []
@@ -77,11 +92,11 @@ def test_a_base_of_another_kind_is_refused(tmp_path: Path) -> None:
         load_pipeline(base=base, device="cpu")
 
 
-def test_a_base_of_two_experts_needs_both_files(tmp_path: Path) -> None:
+def test_a_base_of_two_experts_needs_both_files(low: Path, tmp_path: Path) -> None:
     base = base_with(tmp_path / "base", "model_index.json", boundary_ratio=0.9)
     with pytest.raises(InvalidOption, match="--checkpoint-low"):
         load_pipeline(base=base, device="cpu")
-    pipe = load_pipeline(checkpoint_low=tiny_checkpoint(), base=base, device="cpu")
+    pipe = load_pipeline(checkpoint_low=low, base=base, device="cpu")
     assert pipe.config.boundary_ratio == 0.9
 
 
@@ -105,10 +120,61 @@ def test_a_text_encoder_of_another_width_is_refused(tmp_path: Path) -> None:
         load_pipeline(text_encoder=tmp_path / "wide", device="cpu")
 
 
-def test_single_files_of_other_parts_are_refused_plainly(tmp_path: Path) -> None:
-    file = tmp_path / "part.safetensors"
-    file.touch()
-    with pytest.raises(InvalidOption, match="not read yet"):
-        load_pipeline(device="cpu", text_encoder=file)
-    with pytest.raises(InvalidOption, match="not read yet"):
-        load_pipeline(device="cpu", vae=file)
+def text_file(folder: Path, prefix: str = "") -> Path:
+    """The tiny text encoder in one FP8 file, as ComfyUI's: transformers' names, and the tokenizer in a tensor."""
+    state = load_file(tiny_base() / "text_encoder" / "model.safetensors")
+    state = {k: t.float() for k, t in state.items() if k != "encoder.embed_tokens.weight"}
+    linear = re.compile(r".*(SelfAttention\.[qkvo]|DenseReluDense\.w\w+)\.weight")
+    content = files.comfy_scaled_fp8(
+        state, [k.removesuffix(".weight") for k in state if linear.fullmatch(k)], "fp8"
+    )
+    spiece = (tiny_base() / "tokenizer" / "spiece.model").read_bytes()
+    content.tensors["spiece_model"] = torch.tensor(list(spiece), dtype=torch.uint8)
+    return content.write(folder, "umt5_fp8_e4m3fn_scaled.safetensors")
+
+
+def vae_file(folder: Path) -> Path:
+    """The tiny VAE in one file, under the original release's names."""
+    from diffusers import AutoencoderKLWan
+
+    vae = AutoencoderKLWan.from_pretrained(tiny_base() / "vae")
+    names = names_of(vae.config)
+    path = folder / "wan_2.1_vae.safetensors"
+    save_file({to_original(names, k): t.contiguous() for k, t in vae.state_dict().items()}, path)
+    return path
+
+
+def test_single_files_take_the_place_of_the_bases_parts(tmp_path: Path) -> None:
+    text, vae = text_file(tmp_path), vae_file(tmp_path)
+    pipe = load_pipeline(text_encoder=text, vae=vae, device="cpu")
+    whole = load_pipeline(device="cpu")
+    held = [m for m in pipe.text_encoder.modules() if isinstance(m, QuantLinear)]
+    assert len(held) == 7 * len(pipe.text_encoder.encoder.block) and {m.format for m in held} == {"fp8"}
+    assert all(torch.equal(t, whole.vae.state_dict()[name]) for name, t in pipe.vae.state_dict().items())
+    assert pipe.vae.config.latents_mean == whole.vae.config.latents_mean
+    request = clip_profile(pipe).request(
+        "a red circle", width=64, height=64, num_frames=5, num_inference_steps=2, seed=0, guidance_scale=1.0
+    )
+    clips = [torch.from_numpy(generate(p, request).frames).float() for p in (pipe, whole)]
+    assert clips[0].shape == clips[1].shape
+    assert (clips[0] - clips[1]).norm() / clips[
+        1
+    ].norm() < 0.1  # the same clip but for FP8 in the text encoder
+
+
+def test_the_tokenizer_in_the_text_encoders_file_serves_a_base_without_one(tmp_path: Path) -> None:
+    base = base_with(tmp_path / "base", "model_index.json")
+    for folder in ("tokenizer", "text_encoder"):
+        shutil.rmtree(base / folder)
+    pipe = load_pipeline(base=base, text_encoder=text_file(tmp_path), device="cpu")
+    whole = load_pipeline(device="cpu")
+    prompt = "a blue square moves right"
+    assert pipe.tokenizer(prompt).input_ids == whole.tokenizer(prompt).input_ids
+
+
+def test_a_base_without_a_vae_does_for_a_file_of_known_sizes_alone(tmp_path: Path) -> None:
+    """The tiny VAE's file does not hold the mean and spread of its latents: without the base nobody knows them."""
+    base = base_with(tmp_path / "base", "model_index.json")
+    shutil.rmtree(base / "vae")
+    with pytest.raises(UnaccountedTensors, match="of no size that is known"):
+        load_pipeline(base=base, vae=vae_file(tmp_path), device="cpu")

@@ -19,7 +19,7 @@ from typing import Any
 from wan_runtime.checkpoint import open_checkpoint
 from wan_runtime.doors import replace_doors
 from wan_runtime.errors import InvalidOption, NothingToPatch
-from wan_runtime.experts import Armed
+from wan_runtime.experts import Armed, refuse_twins
 from wan_runtime.patches import HOSTS, Host
 from wan_runtime.report import Report
 
@@ -48,9 +48,9 @@ def install(
             f"checkpoint_low={low} was given without checkpoint, the high-noise expert's file."
         )
     naming = {name: rest[name] for name in ("dialect", "reference") if name in rest}
-    for path in (high, low):
-        if path is not None:
-            open_checkpoint(path, **naming)
+    opened = [open_checkpoint(path, **naming) for path in (high, low) if path is not None]
+    if low is not None:
+        refuse_twins(*opened)
     armed = Armed((high and Path(high), low and Path(low)), MappingProxyType(rest), announce)
     for finder in list(sys.meta_path):
         if isinstance(finder, _Watcher):

@@ -150,9 +150,9 @@ def generate(
         str | None, typer.Option(help="Diffusers folder or hub id with the text encoder, VAE and tokenizer.")
     ] = None,
     text_encoder: Annotated[
-        Path | None, typer.Option(help="Diffusers folder of another text encoder.")
+        Path | None, typer.Option(help="Another text encoder: a file or a diffusers folder.")
     ] = None,
-    vae: Annotated[Path | None, typer.Option(help="Diffusers folder of another VAE.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Another VAE: a file or diffusers folder.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the clip is not to show.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, such as 832x480.")] = None,
     frames: Annotated[int | None, typer.Option(help="How many frames, 4n+1.")] = None,

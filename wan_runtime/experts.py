@@ -1,22 +1,28 @@
-"""What an armed run knows: which file takes the place of which of the script's sources, and the way back."""
+"""Two experts: which file is which, and, in an armed run, which takes the place of which of the script's sources.
+
+Nothing in a file says which expert it is: keys and shapes are the same. Names of folders and files do, and are
+evidence: the caller's word decides, and where a name contradicts it nothing is loaded.
+"""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from wan_runtime.checkpoint import Checkpoint, read_plain
 from wan_runtime.errors import InvalidOption
+from wan_runtime.names import NOISE, noise_in
 from wan_runtime.report import Report
 
 LOW_NOISE = (
     "transformer_2",
     "low_noise_model",
 )  # where diffusers and the original release keep the second expert
-NOISE = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)  # how published files of one expert are named
 MISSING = object()
 
 
@@ -109,3 +115,47 @@ def source_of(path: Any, subfolder: Any = None) -> tuple[str, str]:
 def nameless(armed: Armed) -> str:
     """A source of its own for a model that came from no path."""
     return f"model {len(armed.reports) + 1} (which it fills itself)"
+
+
+def refuse_twins(high: Checkpoint, low: Checkpoint) -> None:
+    """Refuse one expert given as both, two different models, and two files whose names say that they are exchanged.
+
+    Experts are trained apart, so their norms and modulations differ. No producer quantises those or corrects them for
+    its rounding, as some do biases; two files in which all are equal in bf16 hold one expert, whatever their formats.
+
+    Raises InvalidOption.
+    """
+    for role, checkpoint, other in (("high", high, "low"), ("low", low, "high")):
+        if noise_in(checkpoint.path) == other:
+            raise InvalidOption(
+                f"{checkpoint.path} is given as the {role}-noise expert, and its name says {other} noise. The "
+                "high-noise file goes with checkpoint (--checkpoint), the low-noise one with checkpoint_low "
+                "(--checkpoint-low)."
+            )
+    if high.path.resolve() == low.path.resolve() or high.path.samefile(low.path):
+        raise InvalidOption(f"both experts are the same file, {high.path}. {_TWO}")
+    if high.variant != low.variant:
+        raise InvalidOption(
+            f"the two experts are different models: {high.path} is a {high.variant.name}, {low.path} a "
+            f"{low.variant.name}."
+        )
+    shared = [tensor for tensor in high.plain if tensor in low.plain and _small(tensor)]
+    if shared and all(_equal(high, low, tensor) for tensor in shared):
+        raise InvalidOption(
+            f"{high.path} and {low.path} are one expert: {shared[0]} and {len(shared) - 1} more of the tensors that no "
+            f"producer quantises are equal in both. {_TWO}"
+        )
+
+
+_TWO = (
+    "A model of two experts needs its high-noise and its low-noise file; with one file twice every clip is made by one "
+    "expert, which is wrong at half of the steps."
+)
+
+
+def _small(tensor: str) -> bool:
+    return tensor.endswith("modulation") or ".norm" in tensor
+
+
+def _equal(high: Checkpoint, low: Checkpoint, tensor: str) -> bool:
+    return torch.equal(read_plain(high, tensor).bfloat16(), read_plain(low, tensor).bfloat16())

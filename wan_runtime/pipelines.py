@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from wan_runtime.errors import InvalidOption
 from wan_runtime.generating import Pipeline
+from wan_runtime.parts import check_given
+from wan_runtime.text_encoders import load_text_encoder
+from wan_runtime.vaes import load_vae
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +53,8 @@ def load_pipeline(
     checkpoint_low  the low-noise expert of a two-expert model (Wan2.2 A14B); `checkpoint` is then the high-noise one
     base            a diffusers directory or hub id for everything but the transformers; may be left out only for the
                     tiny model
-    text_encoder, vae   diffusers directories that replace the base's part
+    text_encoder, vae   diffusers directories or single .safetensors files that replace the base's part; a quantised
+                    text encoder stays quantised
     device, dtype   default: the GPU in bf16 where there is one, else the CPU in fp32 (bf16 is five times slower there)
 
     `patch_options` go to `wan_runtime.load`. Raises InvalidOption for parts that do not fit each other, and what
@@ -64,8 +68,10 @@ def load_pipeline(
     device = device_named(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     checkpoint = checkpoint or tiny_checkpoint()
-    for name, part in (("--text-encoder", text_encoder), ("--vae", vae)):
-        _check_directory(name, part)
+    naming: dict[str, Any] = {
+        name: patch_options[name] for name in ("dialect", "reference") if name in patch_options
+    }
+    check_given(checkpoint, checkpoint_low, text_encoder, vae, naming)
     base = str(base or _base_of(checkpoint, patch_options))
     index = _pipeline_config(base)
     boundary = _boundary(index, base, checkpoint_low is not None)
@@ -90,36 +96,56 @@ def _assemble(
     parts: dict[str, Any],
 ) -> Pipeline:
     import diffusers
-    from transformers import AutoTokenizer, UMT5EncoderModel
 
-    def part(cls: Any, folder: str, given: Path | str | None = None, **options: Any) -> Any:
-        where = (str(given), {}) if given else (base, {"subfolder": folder})
-        try:
-            return cls.from_pretrained(where[0], **where[1], **options)
-        except (OSError, ValueError) as error:
-            raise InvalidOption(f"No {folder} could be read from {where[0]!r}: {error}") from error
-
-    encoder = part(UMT5EncoderModel, "text_encoder", text_encoder, dtype=dtype, use_safetensors=True)
-    decoder = part(diffusers.AutoencoderKLWan, "vae", vae, use_safetensors=True)  # in fp32, their default
+    encoder, tokenizer = _text(base, text_encoder, device, dtype)
     pipe: Pipeline = diffusers.WanPipeline(
-        tokenizer=part(AutoTokenizer, "tokenizer"),
-        text_encoder=encoder.to(device).eval(),
-        vae=decoder.to(device).eval(),
-        scheduler=part(getattr(diffusers, index["scheduler"][1]), "scheduler"),
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=_vae(base, vae, device),
+        scheduler=_part(getattr(diffusers, index["scheduler"][1]), base, "scheduler"),
         **parts,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _check_directory(option: str, part: Path | str | None) -> None:
-    if part is not None and Path(part).is_file():
-        raise InvalidOption(
-            f"{option} {part} is a single file, which is not read yet. Give a diffusers directory of that part, or a "
-            "--base that holds it."
-        )
-    if part is not None and not Path(part).is_dir():
-        raise InvalidOption(f"{option} {part} is not there. Give a diffusers directory of that part.")
+def _part(cls: Any, base: str, folder: str, given: Path | str | None = None, **options: Any) -> Any:
+    """One part of the pipeline by its own class, from a folder of its own or from the base."""
+    where = (str(given), {}) if given else (base, {"subfolder": folder})
+    try:
+        return cls.from_pretrained(where[0], **where[1], **options)
+    except (OSError, ValueError) as error:
+        raise InvalidOption(f"No {folder} could be read from {where[0]!r}: {error}") from error
+
+
+def _text(base: str, given: Path | str | None, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The text encoder, and the tokenizer: the base's, or the one in the encoder's own file where the base has none."""
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    if given is None or Path(given).is_dir():
+        encoder = _part(UMT5EncoderModel, base, "text_encoder", given, dtype=dtype, use_safetensors=True)
+        return encoder.to(device).eval(), _part(AutoTokenizer, base, "tokenizer")
+    encoder, own = load_text_encoder(given, device, dtype)
+    try:
+        return encoder, _part(AutoTokenizer, base, "tokenizer")
+    except InvalidOption:
+        if own is None:
+            raise
+        return encoder, own
+
+
+def _vae(base: str, given: Path | str | None, device: torch.device) -> Any:
+    """The VAE, in fp32: what it rounds shows in every clip."""
+    from diffusers import AutoencoderKLWan
+
+    if given is None or Path(given).is_dir():
+        vae = _part(AutoencoderKLWan, base, "vae", given, use_safetensors=True)
+        return vae.to(device).eval()
+    try:
+        config = AutoencoderKLWan.load_config(base, subfolder="vae")
+    except (OSError, ValueError):
+        config = None  # the base need not have the part that this file takes the place of
+    return load_vae(given, device, config)
 
 
 def _base_of(checkpoint: Path | str, patch_options: Mapping[str, Any]) -> Path:

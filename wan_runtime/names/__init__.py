@@ -15,6 +15,8 @@ from pathlib import Path
 
 from wan_runtime.catalogue import Catalogue
 from wan_runtime.errors import BadTensor, CheckpointError, shown
+from wan_runtime.names._experts import NOISE as NOISE
+from wan_runtime.names._experts import noise_in as noise_in
 from wan_runtime.names._parts import another_model
 from wan_runtime.names._variants import LABELS as LABELS
 from wan_runtime.names._variants import PATCH as PATCH
