@@ -9,10 +9,14 @@ A layer of zeros is a layer that training has not touched, and passes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
+from wan_runtime.dialects import Layer
+from wan_runtime.errors import BadTensor
 from wan_runtime.formats import FORMATS, BadSlot, Slots
+from wan_runtime.header import Entry
 
 ROWS = 32  # of a layer, spread evenly; the whole of a 14B model would take a minute
 SMALLEST = 1e-7  # root mean square
@@ -31,7 +35,7 @@ def check_size(module: str, weight_format: str, slots: Slots, shape: tuple[int, 
         return
     where = "blocks" if {"blocks", "vace_blocks"} & set(module.split(".")) else "elsewhere"
     rms = float(parts[0].square().mean().sqrt())
-    scale = "scale" if "scale" in slots else "block_scale"
+    scale = next((name for name in ("scale", "block_scale") if name in slots), "payload")
     if rms > LARGEST_RMS[where] or largest > LARGEST_VALUE[where]:
         raise BadSlot(
             scale,
@@ -43,6 +47,17 @@ def check_size(module: str, weight_format: str, slots: Slots, shape: tuple[int, 
             scale,
             f"with it the weights are {rms:.3g} (root mean square), and a trained layer's are above {SMALLEST:g}: the "
             "scale is inverted, damaged, or of another layer.",
+        )
+
+
+def check_bias(path: Path, layer: Layer, bias: Entry | None) -> None:
+    """Raise BadTensor where a layer's bias has not one value a row: the weight is transposed, or of another layer."""
+    if bias is not None and bias.shape != (layer.shape[0],):
+        raise BadTensor(
+            path,
+            f"{layer.module}.weight",
+            f"it is {layer.shape[0]} x {layer.shape[1]} and its bias has shape {list(bias.shape)}: the weight is "
+            "transposed, or one of the two is of another layer.",
         )
 
 

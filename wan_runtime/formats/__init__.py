@@ -7,12 +7,14 @@ stored as uint8, so that no host takes float8 for a compute dtype.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from wan_runtime.catalogue import Catalogue
+from wan_runtime.errors import UnknownName
 
 Slots = Mapping[str, torch.Tensor]
 
@@ -48,7 +50,19 @@ class Format:
     bits: float
 
 
-FORMATS: Catalogue[Format] = Catalogue("wan_runtime.formats", Format)
+class Formats(Catalogue[Format]):
+    """What a weight can be quantised to, one file each; unlisted, by name alone, ggml's types, which are only read."""
+
+    def __getitem__(self, name: str) -> Format:
+        if not name.startswith("ggml_"):
+            return super().__getitem__(name)
+        held: Mapping[str, Format] = importlib.import_module(f"{self.package}._ggml").FORMATS
+        if name not in held:
+            raise UnknownName("format", name, [*self, *held])
+        return held[name]
+
+
+FORMATS: Formats = Formats("wan_runtime.formats", Format)
 
 
 def check_scale(slots: Slots, slot: str) -> None:
