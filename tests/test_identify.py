@@ -72,7 +72,6 @@ F8, U8, I8 = torch.float8_e4m3fn, torch.uint8, torch.int8
 FOREIGN: dict[
     str, dict[str, tuple[torch.dtype, tuple[int, ...]]]
 ] = {  # what else is written beside, or instead of, a layer's weight by tools that are not read
-    "TurboDiffusion": {"int8_weight": (I8, (128, 128)), "scale": (torch.float32, (1, 1))},
     "DeepSeek's blocks": {"weight": (F8, (128, 128)), "weight_scale_inv": (torch.float32, (1, 1))},
 }
 
@@ -94,6 +93,9 @@ def test_the_file_of_a_tool_that_is_not_read_is_unknown(
     )
 
 
+NVFP4_SMOOTHED = ("comfy", "nvfp4", "pre_quant_scale")
+
+
 @pytest.mark.parametrize(
     ("leaf", "shape"),
     [
@@ -110,7 +112,8 @@ def test_a_tensor_that_changes_a_weight_s_meaning_is_not_left_out(
     tmp_path: Path, dialect: str, weight_format: str, leaf: str, shape: tuple[int, ...]
 ) -> None:
     wanted = content(dialect, weight_format)
-    if f"{FIRST}.{leaf}" in wanted.tensors:
+    reads = (dialect, leaf) == ("comfy_scaled_fp8", "scale_weight_tensor")
+    if f"{FIRST}.{leaf}" in wanted.tensors or reads or (dialect, weight_format, leaf) == NVFP4_SMOOTHED:
         return  # this dialect reads it
     wanted.tensors[f"{FIRST}.{leaf}"] = torch.ones(shape)
     with pytest.raises((UnaccountedTensors, UnknownDialect)) as caught:
