@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from wan_runtime.attention import ATTENTIONS
 
 TEXT_TOKENS = 512
+ENDS = 2  # blocks at either end of a stack whose attention stays bf16 under attention="fp8"
+BESIDE_FP8 = "fa3"
 
 
 class Processor:
@@ -35,6 +38,11 @@ class Processor:
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v [batch, tokens, heads, head] -> [batch, tokens, heads, head]."""
         return ATTENTIONS[self.name if q.device.type == self.planned_for else "sdpa"].attend(q, k, v)
+
+    @property
+    def codes(self) -> Callable[..., torch.Tensor] | None:
+        """The same on e4m3 codes, where this attention takes them; see Attention.codes."""
+        return ATTENTIONS[self.name].codes
 
     def __call__(
         self,
@@ -84,11 +92,23 @@ def _rotated(x: torch.Tensor, rotary: Any) -> torch.Tensor:
 
 
 def install(model: nn.Module, name: str, device_type: str) -> None:
-    """Give every WAN attention of a model this processor, on a device type."""
-    for module in model.modules():
+    """Give every WAN attention of a model this processor, on a device type.
+
+    FP8 attention is for self-attention, and not in the first and last ENDS blocks of a stack, where it shows most.
+    """
+    for path, module in model.named_modules():
         replaced = getattr(module, "processor", None)
         if type(replaced).__name__ == "WanAttnProcessor":
-            module.processor = Processor(name, device_type, replaced)  # type: ignore[assignment]
+            chosen = BESIDE_FP8 if name == "fp8" and not _inner(model, path) else name
+            module.processor = Processor(chosen, device_type, replaced)
+
+
+def _inner(model: nn.Module, path: str) -> bool:
+    """Whether an attention is a self-attention (attn1) away from both ends of its list of blocks."""
+    stack, number, *rest = path.rsplit(".", 2)
+    if rest != ["attn1"] or not number.isdigit():
+        return False
+    return ENDS <= int(number) < len(list(model.get_submodule(stack).children())) - ENDS
 
 
 def uninstall(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ FP8 codes with one scale a token where that product takes them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,17 @@ from wan_runtime.linear import QuantLinear
 
 
 @dataclass(frozen=True)
+class Coded:
+    """Attention on e4m3 codes, and what norm_rope.bounded makes of norm_q's and norm_k's weights for it."""
+
+    attend: Callable[..., torch.Tensor]
+    q: tuple[torch.Tensor, torch.Tensor]
+    k: tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class SelfAttention:
-    """q, k, v and o are linears, norm_q and norm_k RMSNorms over the whole width."""
+    """q, k, v and o are linears, norm_q and norm_k RMSNorms over the whole width; `coded` is set for FP8 attention."""
 
     q: nn.Module
     k: nn.Module
@@ -30,6 +40,7 @@ class SelfAttention:
     norm_k: nn.Module
     heads: int
     attend: Attend
+    coded: Coded | None = None
 
 
 @dataclass(frozen=True)
@@ -189,11 +200,34 @@ def _self_attention(
     q, q_bias = multiply(part.q, rows)
     k, k_bias = multiply(part.k, rows)
     v, v_bias = multiply(part.v, rows)
+    if part.coded is not None:
+        q, k = (
+            _codes(y, bias, folded[0], eps_of(norm), table, kernels)
+            for y, bias, folded, norm in (
+                (q, q_bias, part.coded.q, part.norm_q), (k, k_bias, part.coded.k, part.norm_k),
+            )
+        )  # fmt: skip
+        shape = (batch, tokens, part.heads, -1)
+        v, v_scale = kernels.quantize_heads(v.view(shape))
+        scales = (folded[1].expand(batch, -1).contiguous() for folded in (part.coded.q, part.coded.k))
+        return part.coded.attend(q.view(shape), k.view(shape), v, *scales, v_scale).reshape(
+            batch * tokens, -1
+        ), v_bias
     q = kernels.norm_rope(q, q_bias, weight_of(part.norm_q), eps_of(part.norm_q), table)
     k = kernels.norm_rope(k, k_bias, weight_of(part.norm_k), eps_of(part.norm_k), table)
     # A coded product is bf16 whatever the host's dtype, and one of the three may not be coded.
     q, k, v = (t.to(q.dtype).view(batch, tokens, part.heads, -1) for t in (q, k, v))
     return part.attend(q, k, v).reshape(batch * tokens, -1), v_bias
+
+
+def _codes(
+    y: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor, eps: float, table: torch.Tensor | None,
+    kernels: Any,
+) -> torch.Tensor:  # fmt: skip
+    """q or k normalised and rotated to e4m3 codes, with the weight that holds their scale."""
+    out = torch.empty(y.shape, dtype=torch.float8_e4m3fn, device=y.device)
+    codes: torch.Tensor = kernels.norm_rope(y, bias, weight, eps, table, out=out)
+    return codes
 
 
 def _cross_attention(

@@ -9,6 +9,7 @@ import torch
 
 from ._fused import KeysValues
 
+Folded = tuple[torch.Tensor, torch.Tensor]  # what norm_rope.bounded gives
 PROMPTS = 2  # a guided step asks for two: the prompt and the negative prompt
 
 
@@ -29,7 +30,8 @@ class Shared:
     """Caches of one model. A copy or a pickle of it starts empty.
 
     prompts  K and V of the last prompts, a block: they depend on the prompt and the weights alone.
-    table    the rotary table made of the host's, kept while the host hands out the same one.
+    rotary   the host's table, and the one made of it, kept while the host hands out the same.
+    folded   weights of norms with FP8 attention's static scales in them, a block.
     steps    the distinct timesteps' modulation of this forward, where the host expands it to every token.
     """
 
@@ -40,6 +42,7 @@ class Shared:
         """Forget everything: weights moved or changed."""
         self.prompts: list[Prompt] = []
         self.current: tuple[torch.Tensor, Prompt] | None = None
+        self.folded: dict[int, tuple[Folded, Folded]] = {}
         self.rotary: tuple[torch.Tensor, torch.Tensor] | None = None
         self.steps: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 

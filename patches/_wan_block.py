@@ -163,7 +163,7 @@ def run(
 
     shared, number, kernels = block.__dict__[MEMO]
     modulation, index = _modulation(block.scale_shift_table, temb, x.shape[0], x.shape[1], shared)
-    parts = _parts(block)
+    parts = _parts(block, shared, number)
     chosen = getattr(fused, kernels)
     table = None if rotary_emb is None else shared.rotary_table(*rotary_emb)
 
@@ -195,12 +195,28 @@ def _modulation(
     return own + temb.float(), index
 
 
-def _parts(block: Any) -> _fused.Block:
+def _coded(attention: Any, shared: Shared, number: int) -> _fused.Coded | None:
+    """FP8 attention for a block's self-attention, where it was chosen."""
+    from wan_runtime.kernels.norm_rope import bounded
+
+    attend = attention.processor.codes
+    if attend is None:
+        return None
+    if number not in shared.folded:
+        q, k = (
+            bounded(_fused.weight_of(norm), attention.heads) for norm in (attention.norm_q, attention.norm_k)
+        )
+        shared.folded[number] = (q, k)
+    return _fused.Coded(attend, *shared.folded[number])
+
+
+def _parts(block: Any, shared: Shared, number: int) -> _fused.Block:
     one, two, ffn = block.attn1, block.attn2, block.ffn
     image = None if two.add_k_proj is None else (two.add_k_proj, two.add_v_proj, two.norm_added_k)
     return _fused.Block(
         self_attention=_fused.SelfAttention(
-            one.to_q, one.to_k, one.to_v, one.to_out[0], one.norm_q, one.norm_k, one.heads, one.processor.attend
+            one.to_q, one.to_k, one.to_v, one.to_out[0], one.norm_q, one.norm_k, one.heads,
+            one.processor.attend, _coded(one, shared, number),
         ),
         cross_attention=_fused.CrossAttention(
             two.to_q, two.to_k, two.to_v, two.to_out[0], two.norm_q, two.norm_k, two.heads,

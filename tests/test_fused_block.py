@@ -17,10 +17,11 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-
 import wan_runtime
 from tests.builders.wan import TINY, Sizes
 from tests.hosts.diffusers import error, inputs, transformer
+from wan_runtime.attention import ATTENTIONS
 from wan_runtime.errors import BackendUnavailable, InvalidOption
 from wan_runtime.linear import QuantLinear
 from wan_runtime.patches import _wan_block
-from wan_runtime.patches._attention_processor import Processor
+from wan_runtime.patches._attention_processor import Processor, install, uninstall
 from wan_runtime.patches._fused import takes_codes
 
 IMAGE = Sizes(image=64)
@@ -43,6 +44,14 @@ def fused(model: Any) -> Any:
 def run(model: Any, **changes: Any) -> torch.Tensor:
     result: torch.Tensor = model(**{**inputs(batch=changes.pop("batch", 1)), **changes})[0]
     return result
+
+
+def attend_codes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *scales: torch.Tensor
+) -> torch.Tensor:
+    """What FlashAttention 3 computes from codes, in fp32."""
+    q, k, v = ((t.float() * s[:, None, :, None]).transpose(1, 2) for t, s in zip((q, k, v), scales, strict=True))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class Spy:
@@ -137,6 +146,24 @@ def test_products_that_take_codes(spy: Spy) -> None:
     assert (
         1e-3 < error(result, expected) < 0.06
     )  # what e4m3 activations cost, and not what a lost bias or scale would
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_fp8_attention_of_the_inner_blocks(batch: int, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patched(Sizes(layers=6, dim=256))
+    expected = run(model, batch=batch)
+    twin = fused(model)
+    uninstall(twin)
+    install(twin, "fp8", "cpu")
+    names = [(block.attn1.processor.name, block.attn2.processor.name) for block in twin.blocks]
+    assert names == [("fa3", "fa3")] * 2 + [("fp8", "fa3")] * 2 + [("fa3", "fa3")] * 2
+    monkeypatch.setattr(Processor, "attend", lambda self, *qkv: ATTENTIONS["sdpa"].attend(*qkv))
+    codes = property(lambda self: attend_codes if self.name == "fp8" else None)
+    monkeypatch.setattr(Processor, "codes", codes)
+    result = run(twin, batch=batch)
+    assert spy.count == 6
+    assert 1e-5 < error(result, expected) < 0.02
+    assert torch.equal(run(copy.deepcopy(twin), batch=batch), result)
 
 
 @pytest.mark.parametrize("left_out", ["blocks.0.attn1.to_k", "blocks.0.ffn.net.2", "blocks.1.attn2.to_out.0"])
@@ -272,7 +299,7 @@ def test_the_choice_of_attention_is_kept_or_refused() -> None:
         wan_runtime.patch(model, attention="fa3")
     with pytest.raises(BackendUnavailable, match=r"cudnn.*needs a GPU"):
         wan_runtime.patch(model, attention="cudnn")
-    with pytest.raises(InvalidOption, match="auto, cudnn, fa3"):
+    with pytest.raises(InvalidOption, match="auto, cudnn, fa3, fp8, sdpa"):
         wan_runtime.patch(model, attention="flash")
     report = wan_runtime.patch(model, attention="sdpa")
     assert report.attention == "sdpa" and report.fused is False

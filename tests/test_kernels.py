@@ -14,7 +14,8 @@ from wan_runtime.kernels._rows import Rows, written
 from wan_runtime.kernels.attention_output import attention_output, attention_output_torch
 from wan_runtime.kernels.gelu_quantize import gelu_quantize, gelu_quantize_torch
 from wan_runtime.kernels.norm_modulate import Modulation, norm_modulate, norm_modulate_torch
-from wan_runtime.kernels.norm_rope import norm_rope, norm_rope_torch
+from wan_runtime.kernels.norm_rope import bounded, norm_rope, norm_rope_torch
+from wan_runtime.kernels.quantize_heads import quantize_heads, quantize_heads_torch
 from wan_runtime.kernels.residual_norm import residual_norm, residual_norm_torch
 
 GPU = torch.cuda.is_available()
@@ -158,11 +159,45 @@ def test_norm_rope(rotate: bool, heads: int, head: int, dtype: torch.dtype) -> N
     beside = packed[:, :width].clone()
     for rows in (1, 4):
         target = packed.clone()[:, width:]
-        norm_rope(target, bias, weight, EPS, table, rows)
+        norm_rope(target, bias, weight, EPS, table, rows=rows)
         assert ((target.double() - truth).abs() <= truth.abs() * torch.finfo(dtype).eps + 1e-4).all()
     again = norm_rope_torch(x, bias, weight, EPS, table)
     assert again is x and torch.equal(packed[:, :width], beside)
     torch.testing.assert_close(x, target, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_norm_rope_to_codes_whose_static_scale_no_value_exceeds() -> None:
+    heads, head, positions = 3, 128, 5
+    x, weight = draw(positions, heads * head, seed=1, dtype=torch.bfloat16), draw(heads * head, seed=2)
+    x[0] = 0
+    x[0, 200] = 1e4  # all of a row in one value, where RMSNorm gives sqrt(width)
+    angles = draw(positions, head // 2, seed=4)
+    table = torch.cat((angles.cos(), angles.sin()), 1)
+    truth = norm_rope_torch(x.float(), None, weight, EPS, table).double().view(positions, heads, head)
+    folded, scale = bounded(weight, heads)
+    assert scale.shape == (heads,)
+    for function in (norm_rope, norm_rope_torch):
+        codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=DEVICE)
+        assert function(x.clone(), None, folded, EPS, table, out=codes) is codes
+        values = codes.view(positions, heads, head).double() * scale[:, None]
+        # 2**-3, not 2**-4: the interpreter cuts where a GPU rounds; and see assert_twins on powers of two.
+        allowed = truth.abs() * (0.5 if function is norm_rope and not GPU else 2**-4) + scale[:, None] * 2**-9
+        assert values.isfinite().all() and ((values - truth).abs() <= allowed * 1.001).all()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_quantize_heads(batch: int) -> None:
+    packed = draw(batch * 70, 3 * 2 * 16, seed=1, dtype=torch.bfloat16).view(batch, 70, 3 * 2 * 16)
+    packed[:, 5, 32:48] = 0
+    x = packed[:, :, 32:64].view(batch, 70, 2, 16)
+    codes, scale = quantize_heads(x)
+    expected, expected_scale = quantize_heads_torch(x)
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scale, x.float().abs().amax((1, 3)) / 448, rtol=1e-5, atol=0)
+    flat = (batch * 70 * 2, 16)
+    ones = torch.ones(flat[0], 1, device=DEVICE)
+    assert_twins(Rows(codes.view(flat), ones), Rows(expected.view(flat), ones))
+    assert quantize_heads(torch.zeros_like(x))[1].eq(1).all()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, in the interpreter

@@ -14,6 +14,7 @@ from wan_runtime.kernels.attention_output import attention_output, attention_out
 from wan_runtime.kernels.gelu_quantize import gelu_quantize, gelu_quantize_torch
 from wan_runtime.kernels.norm_modulate import norm_modulate, norm_modulate_torch
 from wan_runtime.kernels.norm_rope import norm_rope, norm_rope_torch
+from wan_runtime.kernels.quantize_heads import quantize_heads, quantize_heads_torch
 from wan_runtime.kernels.residual_norm import residual_norm, residual_norm_torch
 
 
@@ -26,9 +27,15 @@ class Kernels:
     norm_rope: Callable[..., torch.Tensor]
     gelu_quantize: Callable[..., Rows]
     attention_output: Callable[..., Rows]
+    quantize_heads: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
-TRITON = Kernels(norm_modulate, residual_norm, norm_rope, gelu_quantize, attention_output)
+TRITON = Kernels(norm_modulate, residual_norm, norm_rope, gelu_quantize, attention_output, quantize_heads)
 TWINS = Kernels(
-    norm_modulate_torch, residual_norm_torch, norm_rope_torch, gelu_quantize_torch, attention_output_torch
+    norm_modulate_torch,
+    residual_norm_torch,
+    norm_rope_torch,
+    gelu_quantize_torch,
+    attention_output_torch,
+    quantize_heads_torch,
 )
