@@ -22,7 +22,7 @@ from wan_runtime.formats import FORMATS
 
 def test_every_dialect_has_an_independent_writer() -> None:
     """A new dialect adds its writer to tests/builders/files.py; every test below then covers it."""
-    assert set(WRITERS) == set(DIALECTS)
+    assert set(WRITERS) == set(DIALECTS) - {"gguf"}  # no safetensors: tests/test_gguf.py writes its files
 
 
 @pytest.mark.parametrize("name", list(DIALECTS))
