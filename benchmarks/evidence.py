@@ -88,9 +88,9 @@ def judged(answer: str | None, truth: str) -> str:
 
 def count(name: str, tensors: Tensors, folder: Path, counts: Counter[tuple[str, str, str]]) -> None:
     right = quantised(tensors, swapped=False)
-    scales = [tensor.view(torch.uint8) for key, tensor in right.items() if key.endswith("weight_scale")]
+    scales = [tensor for key, tensor in right.items() if key.endswith("weight_scale")]
     counts[name, "layout, plain", judged(layout_test(scales).answer, "plain")] += 1
-    tiled = [_swizzle.swizzle(s) for s in scales]
+    tiled = [_swizzle.swizzle(s.view(torch.uint8)).view(s.dtype) for s in scales]
     counts[name, "layout, swizzled", judged(layout_test(tiled).answer, "swizzled")] += 1
     for reading, swapped in (("right", False), ("swapped", True)):
         header = opened(quantised(tensors, swapped=True) if swapped else right, folder)

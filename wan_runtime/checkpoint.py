@@ -105,6 +105,8 @@ def open_checkpoint(
 def _interpret(header: Header, dialect: Dialect, evidence: str) -> Checkpoint:
     reading = dialect.read(header)
     spelling, prefix = naming_of(header.path, header.entries)
+    for name, layer in reading.layers.items():
+        gates.check_bias(header.path, layer, header.entries.get(f"{name}.bias"))
     layers = _renamed(header, spelling, prefix, reading.layers)
     plain = _renamed(header, spelling, prefix, reading.plain)
     _refuse_overlap(header, reading, layers, plain)

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import torch
 
-from wan_runtime.dialects import Layer, _swizzle
+from wan_runtime.dialects import Layer, Source, _swizzle
 from wan_runtime.formats import FORMATS, Slots
 from wan_runtime.header import Header
 
@@ -32,7 +32,7 @@ LAYOUT_RATIO = 1.15  # of the two shares, summed over layers; measured in docs/f
 LAYOUT_SIGMAS = 8.0
 NIBBLE_CORRELATION = 0.15  # the mean over pairs, and every family of pairs on the same side
 NIBBLE_SIGMAS = 8.0
-BLOCK = 16
+PACKED = ("nvfp4", "mxfp4", "int4")  # two codes a byte
 
 # In a block, under both spellings: what writes a channel by its rows, and what reads it by its columns.
 MEETINGS = (
@@ -62,19 +62,18 @@ def _untiled(scales: torch.Tensor) -> torch.Tensor:
     return _swizzle.unswizzle(scales, *scales.shape)
 
 
-STORED: Mapping[str, Order] = {"plain": lambda scales: scales, "swizzled": _untiled}
-READ: Mapping[str, Order] = {
+STORED: Mapping[str, tuple[Order, ...]] = {"plain": (lambda scales: scales,), "swizzled": (_untiled,)}
+READ: Mapping[str, tuple[Order, ...]] = {
     "right": STORED["plain"],
-    "still swizzled": _untiled,
-    "never swizzled": _swizzle.swizzle,
+    "in another order": (_untiled, _swizzle.swizzle),  # read as plain and swizzled, or the reverse
 }
 
 
-def layout_test(scales: Iterable[torch.Tensor], orders: Mapping[str, Order] = STORED) -> Finding:
+def layout_test(scales: Iterable[torch.Tensor], orders: Mapping[str, tuple[Order, ...]] = STORED) -> Finding:
     """In which order block scales make sense: as stored, "plain" or "swizzled"; as a dialect reads them, by READ.
 
-    scales: uint8 E4M3 bytes of each layer, [out, in / 16] with out a multiple of 128 and in / 16 of 4; others have
-    different shapes in the two orders and are left out.
+    scales: of each layer, as float8_e4m3fn or the uint8 bytes of E8M0, [rows, columns]. Only rows that 128 divides and
+    columns that 4 divides are asked: others have different shapes in the two orders.
     """
     shares = dict.fromkeys(orders, 0.0)
     noise, count = 0.0, 0
@@ -82,8 +81,8 @@ def layout_test(scales: Iterable[torch.Tensor], orders: Mapping[str, Order] = ST
         rows, cols = given.shape
         if (rows, cols) != _swizzle.padded(rows, cols):
             continue
-        for name, order in orders.items():
-            shares[name] += _share(order(given))
+        for name, several in orders.items():
+            shares[name] += max(_share(order(given)) for order in several)
         noise += (
             4 * (rows + cols) / (rows * cols) ** 2
         )  # the variance of two shares' difference on pure noise
@@ -102,8 +101,10 @@ def layout_test(scales: Iterable[torch.Tensor], orders: Mapping[str, Order] = ST
 
 def _share(scales: torch.Tensor) -> float:
     """The share of the variance of the log scales that row means and column means explain."""
-    values = scales.contiguous().view(torch.float8_e4m3fn).float()
-    logs = values.nan_to_num(0.0).clamp_min(2.0**-9).log2()
+    if scales.dtype is torch.uint8:  # E8M0: the byte is the logarithm
+        logs = scales.float()
+    else:
+        logs = scales.contiguous().float().nan_to_num(0.0).clamp_min(2.0**-9).log2()
     logs = logs - logs.mean()
     total = float(logs.square().mean())
     explained = logs.mean(0).square().mean() + logs.mean(1).square().mean()
@@ -113,16 +114,19 @@ def _share(scales: torch.Tensor) -> float:
 def layouts(header: Header, keys: Sequence[str]) -> Finding:
     """The layout test over block scales as a file stores them; reads a few of `keys`."""
     apart = [k for k in keys if len(header.entries[k].shape) == 2 and header.entries[k].dtype == "F8_E4M3"]
-    return layout_test(header.read_tensor(key).view(torch.uint8) for key in _few(apart, LAYERS_READ))
+    return layout_test(header.read_tensor(key) for key in _few(apart, LAYERS_READ))
 
 
 def read_layouts(header: Header, layers: Mapping[str, Layer]) -> Finding:
     """The layout test over block scales as `layers` reads them."""
-    packed = [layer for layer in layers.values() if layer.format == "nvfp4"]
-    sources = [
-        (s, layer) for layer in _few(packed, LAYERS_READ) for s in layer.sources if s.slot == "block_scale"
-    ]
-    return layout_test((s.decode(header.read_tensor(s.key), *layer.shape) for s, layer in sources), READ)
+    sources = [(s, layer) for layer in layers.values() for s in layer.sources if s.slot == "block_scale"]
+    return layout_test((_scales(header, s, layer) for s, layer in _few(sources, LAYERS_READ)), READ)
+
+
+def _scales(header: Header, source: Source, layer: Layer) -> torch.Tensor:
+    """The block scales of one layer in canonical order, under a dtype that says what their bytes mean."""
+    scales = source.decode(header.read_tensor(source.key), *layer.shape)
+    return scales.view(torch.float8_e4m3fn) if layer.format == "nvfp4" else scales
 
 
 def _few(several: Sequence[T], limit: int) -> Sequence[T]:
@@ -131,7 +135,7 @@ def _few(several: Sequence[T], limit: int) -> Sequence[T]:
 
 
 def nibble_test(header: Header, layers: Mapping[str, Layer]) -> Finding:
-    """Whether the nibbles are "right" or "swapped", as `layers` reads them; reads a few blocks of NVFP4 layers."""
+    """Whether the nibbles are "right" or "swapped", as `layers` reads them; reads a few blocks of packed layers."""
     found: dict[str, list[tuple[float, int]]] = {}
     for family, writer, reader in _meetings(header, layers):
         rows = _channel_sizes(header, layers, writer, 1)
@@ -161,7 +165,7 @@ def _meetings(header: Header, layers: Mapping[str, Layer]) -> list[tuple[str, st
         for writer, reader in spellings:
             for module, layer in layers.items():
                 block = module.removesuffix(reader)
-                if block != module and layer.format == "nvfp4" and f"{block}{writer}" in header.entries:
+                if block != module and layer.format in PACKED:
                     found.setdefault(block, []).append((family, f"{block}{writer}", module))
     return [meeting for block in _few(list(found), BLOCKS_READ) for meeting in found[block]]
 
@@ -180,16 +184,16 @@ def _channel_sizes(header: Header, layers: Mapping[str, Layer], name: str, dim: 
 
 
 def _some(layer: Layer, slots: Slots, dim: int) -> torch.Tensor | None:
-    """An NVFP4 layer dequantised, cut along `dim` to what suffices: its sizes are means over that dimension."""
-    if layer.format != "nvfp4":
+    """A packed layer dequantised, cut along `dim` to what suffices: its sizes are means over that dimension."""
+    if layer.format not in PACKED:
         return None
-    payload, scales = slots["payload"], slots["block_scale"]
-    if dim == 0:
-        payload, scales = payload[:SAMPLED], scales[:SAMPLED]
-    else:
-        payload, scales = payload[:, : SAMPLED // 2], scales[:, : SAMPLED // BLOCK]
-    cut = {"payload": payload.contiguous(), "block_scale": scales.contiguous(), "scale": slots["scale"]}
-    return FORMATS["nvfp4"].dequantize(cut)
+    names, size = FORMATS[layer.format].layout(*layer.shape), layer.shape[dim]
+    cut = {name: slots[name] for name in names}
+    if size > SAMPLED and size % SAMPLED == 0:
+        for name, tensor in cut.items():
+            length = tensor.shape[dim] * SAMPLED // size
+            cut[name] = tensor.narrow(dim, 0, length).contiguous() if length else tensor
+    return FORMATS[layer.format].dequantize(cut)
 
 
 def slots_of(header: Header, layer: Layer) -> Mapping[str, torch.Tensor]:

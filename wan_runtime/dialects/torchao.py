@@ -157,7 +157,7 @@ def _multiplied(header: Header, path: str, record: Record) -> Layer:
 
 def _grid(header: Header, scale: str, record: Record, shape: tuple[int, int]) -> tuple[int, int]:
     """How many scales along `out` and `in` the record's block size makes; the file must hold as many."""
-    block, found = record["_data"].get("block_size"), header.entries[scale]
+    block, found = record.get("_data", {}).get("block_size"), header.entries[scale]
     if isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block):
         rows, cols = (-(-size // length) for size, length in zip(shape, block, strict=True))
         if found.numel == rows * cols and found.shape in ((rows, cols), (rows,), ()):
@@ -213,7 +213,7 @@ def _nvfp4(header: Header, path: str, record: Record) -> Layer:
 
 def _mx(header: Header, path: str, record: Record) -> Layer:
     codes, scale = _begin(header, path, record)
-    element = record["_data"].get("elem_dtype")
+    element = record.get("_data", {}).get("elem_dtype")
     name = element.get("_data") if isinstance(element, Mapping) else element
     kind, entry = ELEMENTS.get(str(name)), header.entries[codes]
     _demand(header, scale, record, "block_size", 32)
@@ -244,7 +244,7 @@ def _six_bits(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
 
 
 def _demand(header: Header, scale: str, record: Record, name: str, value: int) -> None:
-    if record["_data"].get(name) != value:
+    if record.get("_data", {}).get(name) != value:
         raise BadTensor(
             header.path, scale, f"its record says {name} {record['_data'].get(name)!r}, not {value}."
         )
@@ -254,7 +254,7 @@ def _block_scale(
     header: Header, scale: str, record: Record, block: int
 ) -> Callable[[torch.Tensor, int, int], torch.Tensor]:
     """The decoder that the record's layout flag asks for; a record without the flag is refused."""
-    swizzled = record["_data"].get("is_swizzled_scales")
+    swizzled = record.get("_data", {}).get("is_swizzled_scales")
     if not isinstance(swizzled, bool):
         raise BadTensor(
             header.path,
