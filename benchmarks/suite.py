@@ -1,0 +1,149 @@
+"""Runs the benchmarks and keeps what they measured: `python benchmarks/suite.py benchmarks/results/h200.json`.
+
+    --only WORDS       forward configurations whose "model: config" holds every word
+    --linear           the linears too
+    --seconds N        the most a configuration may take (600)
+    --show             run nothing; print the README's table and write the plot beside the file
+
+A forward configuration runs in a process of its own and takes the place of its older row in the file, so a run may be
+done in parts, on one machine. A configuration that fails is printed with its reason and leaves no row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BASE = "diffusers bf16 sdpa"  # what a diffusers user gets, and the truth that the others are compared with
+CONFIGS = (
+    BASE,
+    "diffusers bf16 cudnn",
+    "diffusers bf16 cudnn compiled",
+    "diffusers bf16 fa3 compiled",
+    "diffusers fp8 cudnn layerwise",
+    "torchao fp8 cudnn compiled",
+    "torchao fp8 fa3 compiled",
+    "te fp8 fa3",
+    "kitchen fp8 fa3",
+    "ours bf16 fa3",
+    "ours fp8 cudnn",
+    "ours fp8 fa3 unfused",
+    "ours fp8 fa3",
+    "ours nvfp4 fa3",
+    "ours fp8 fp8attn",
+)
+MODELS = ("1.3B 480p", "5B 720p", "14B 480p", "14B 720p")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--only", action="append", default=[])
+    parser.add_argument("--model", choices=MODELS, action="append")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--linear", action="store_true")
+    parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--show", action="store_true")
+    given = parser.parse_args()
+    if not given.show:
+        run(given)
+    kept = load(given.file)
+    print(table(kept["forward"]))
+    given.file.with_suffix(".svg").write_text(plot(kept["forward"]))
+
+
+def run(given: argparse.Namespace) -> None:
+    for model in given.model or MODELS:
+        for config in CONFIGS:
+            words = f"{model}: {config}"
+            if given.only and not any(set(only.split()) <= set(config.split()) for only in given.only):
+                continue
+            rows = called(
+                "forward.py", given.seconds, "--model", model, "--config", config, "--runs", str(given.runs),
+                "--truth", str(Path(tempfile.gettempdir()) / f"truth {model}.pt"), "--profile",
+            )  # fmt: skip
+            print(words, rows, flush=True)
+            keep(given.file, forward=[row for row in rows if "step_s" in row])
+    if given.linear:
+        rows = called("linear.py", given.seconds)
+        print(*rows, sep="\n", flush=True)
+        measured = [row for row in rows if "ms" in row]
+        keep(given.file, linear=measured, ceilings=rows[0].get("ceilings", {}) if rows else {})
+
+
+def called(script: str, seconds: int, *arguments: str) -> list[dict[str, Any]]:
+    """The JSON objects a benchmark printed, up to where it failed."""
+    command = [sys.executable, str(HERE / script), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        output, error = done.stdout, done.stderr if done.returncode else ""
+    except subprocess.TimeoutExpired as late:
+        output, error = (late.stdout or b"").decode(), f"took more than {seconds} s"
+    if error:
+        print(*error.strip().splitlines()[-3:], sep="\n", flush=True)
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def load(file: Path) -> dict[str, Any]:
+    empty: dict[str, Any] = {"forward": [], "linear": [], "ceilings": {}}
+    return empty | (json.loads(file.read_text()) if file.exists() else {})
+
+
+def keep(file: Path, **sections: Any) -> None:
+    """Put rows into the file in the place of older ones of the same configuration."""
+    kept = load(file)
+    for name, rows in sections.items():
+        if name == "ceilings":
+            kept[name] = rows
+            continue
+        new = {(row.get("model", row.get("shape")), row["config"]) for row in rows}
+        old = [row for row in kept[name] if (row.get("model", row.get("shape")), row["config"]) not in new]
+        kept[name] = [*old, *rows]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table a model, fastest last."""
+    heads = ("model", "configuration", "step s", "first call s", "peak GiB", "relative error")
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for row in ordered(rows):
+        lines.append(
+            f"| {row['model']} | {row['config']} | {row['step_s']:.3f} | {row['first_s']:.1f} | "
+            f"{row.get('peak_gib', 0):.1f} | {row.get('relerr', 0):.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: (MODELS.index(row["model"]), -row["step_s"]))
+
+
+def plot(rows: list[dict[str, Any]]) -> str:
+    """Seconds a step as horizontal bars, ours in colour."""
+    height, at, parts = 18, 10, []
+    for row in ordered(rows):
+        longest = max(other["step_s"] for other in rows if other["model"] == row["model"])
+        width, fill = (
+            380 * row["step_s"] / longest,
+            "#2f6fde" if row["config"].startswith("ours") else "#b8bec8",
+        )
+        parts.append(
+            f'<text x="290" y="{at + 12}" text-anchor="end">{row["model"]}: {row["config"]}</text>'
+            f'<rect x="300" y="{at + 2}" width="{width:.0f}" height="13" fill="{fill}"/>'
+            f'<text x="{306 + width:.0f}" y="{at + 12}">{row["step_s"]:.2f} s</text>'
+        )
+        at += height
+    style = "font-family: sans-serif; font-size: 11px; fill: #555"
+    body = "\n".join(parts)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{at + 10}" style="{style}">\n{body}\n</svg>\n'
+
+
+if __name__ == "__main__":
+    main()
