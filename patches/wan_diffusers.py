@@ -37,6 +37,10 @@ def build(variant: Variant) -> nn.Module:
     import diffusers
     from accelerate import init_empty_weights
 
+    if variant.kind == "animate_2":
+        raise InvalidOption(
+            f"the file is a {variant.name}, whose class is another: load it with host='diffusers_animate_2'."
+        )
     if variant.kind not in CLASSES:
         raise InvalidOption(
             f"the file is a {variant.name}, and diffusers has no class for {LABELS[variant.kind]}, so no model can be "

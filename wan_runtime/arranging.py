@@ -18,7 +18,7 @@ import torch
 
 from wan_runtime.checkpoint import Checkpoint, View
 from wan_runtime.dialects import Layer, Source
-from wan_runtime.errors import BadTensor
+from wan_runtime.errors import BadTensor, CheckpointError
 from wan_runtime.formats import FORMATS
 from wan_runtime.names import Spelling
 
@@ -35,9 +35,17 @@ SHARED = ("rotation", "pre_scale", "low_rank_a", "input_scale")  # slots of a la
 def arranged(checkpoint: Checkpoint, spelling: Spelling) -> Checkpoint:
     """The checkpoint with its modules cut as `spelling` has them; itself where the two agree.
 
-    Raises BadTensor for a tensor that cannot be: halves quantised in ways that one module cannot hold, a stored blur
-    kernel that is not the one that diffusers makes.
+    Raises CheckpointError when only the spelling tells the model from another one that would take its weights
+    (Wan-Animate-2 from I2V-14B), BadTensor for a tensor that cannot be cut so: halves quantised in ways that one module
+    cannot hold, a stored blur kernel that is not the one that diffusers makes.
     """
+    if checkpoint.variant.kind == "animate_2" and "animate_2" not in spelling.name:
+        raise CheckpointError(
+            checkpoint.path,
+            f"it is a {checkpoint.variant.name}, which has the shapes of an I2V model and computes otherwise; only its "
+            f"names tell, and {spelling.name!r} names would lose that. Use a model of its own class, or "
+            "names='animate_2' or 'diffusers_animate_2'.",
+        )
     if checkpoint.spelling.halves == spelling.halves or checkpoint.variant.kind != "animate":
         return checkpoint
     return _split(checkpoint) if spelling.halves else _joined(checkpoint)

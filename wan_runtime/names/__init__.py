@@ -37,7 +37,8 @@ class Spelling:
     component N stands for any number, the same one on both sides.
 
     `halves` says that the spelling keeps an Animate face adapter's keys and values in two modules, where the original
-    release has the one `linear1_kv`; see wan_runtime.arranging.
+    release has the one `linear1_kv`; see wan_runtime.arranging. `shares` are spellings whose marks a file in this one
+    has too.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Spelling:
     top: Mapping[str, str]
     block: Mapping[str, str]
     halves: bool = False
+    shares: tuple[str, ...] = ()
 
     @functools.cached_property
     def inverse(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -114,6 +116,9 @@ def naming_of(path: Path, keys: Iterable[str]) -> tuple[Spelling, str]:
             + " or ".join(f"'blocks.0.{SPELLINGS[name].marks[0]}*'" for name in SPELLINGS)
             + f". Found: {shown(sorted(keys), 6)}. A text encoder or a VAE is not a transformer checkpoint.",
         )
+    for name, prefix in list(found):
+        for shared in SPELLINGS[name].shares:
+            found.pop((shared, prefix), None)
     if len(found) > 1:
         _refuse_twice(path, found)
     [(name, prefix)] = found
