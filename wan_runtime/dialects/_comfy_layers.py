@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from wan_runtime.dialects import Layer, Source, _comfy_int4, _keys, _scaled, _swizzle
+from wan_runtime.dialects import Layer, Source, _comfy_int4, _corrections, _keys, _scaled, _swizzle
 from wan_runtime.dialects._comfy_records import Record
 from wan_runtime.dialects._comfy_scheme import Scheme, rotation
 from wan_runtime.errors import BadTensor
@@ -129,19 +129,7 @@ def _nvfp4(header: Header, path: str, record: Record) -> tuple[Layer, int | None
     payload = Source(f"{path}.weight", "payload", _nvfp4_payload)
     block_scale = Source(f"{path}.weight_scale", "block_scale", _nvfp4_scales)
     layer = _keys.nvfp4_layer(header, path, payload, block_scale)
-    smooth = f"{path}.pre_quant_scale"
-    if smooth in header.entries:
-        layer = dataclasses.replace(layer, sources=(*layer.sources, Source(smooth, "pre_scale", input_row)))
-    return layer, 16
-
-
-def input_row(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
-    """A factor an input channel, [in] or [1, in] -> fp32 [1, in]."""
-    if tensor.numel() != inp:
-        raise ValueError(
-            f"a factor for each of {inp} input channels is needed; this has shape {list(tensor.shape)}."
-        )
-    return tensor.float().reshape(1, inp)
+    return _corrections.smoothed(header, layer), 16
 
 
 def swap_nibbles(tensor: torch.Tensor) -> torch.Tensor:

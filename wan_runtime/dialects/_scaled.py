@@ -53,12 +53,16 @@ def has_wide_scales(header: Header) -> bool:
 
 
 def block_scales(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
-    """Scales of blocks, any float dtype -> fp32, same shape; the format says which shapes are blocks."""
-    return tensor.float()
+    """Scales of blocks, any float dtype, [rows, columns] or musubi-tuner's [out, columns, 1] -> fp32 [rows, columns].
+
+    The format says which counts are blocks.
+    """
+    return tensor.float().reshape(tensor.shape[:2])
 
 
 def _in_blocks(scale: Entry, out: int) -> bool:
-    return len(scale.shape) == 2 and scale.shape != (out, 1)
+    shape = scale.shape[:-1] if len(scale.shape) == 3 and scale.shape[-1] == 1 else scale.shape
+    return len(shape) == 2 and scale.shape != (out, 1)
 
 
 def _refuse_bytes(header: Header, key: str) -> None:

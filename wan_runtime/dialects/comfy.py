@@ -34,6 +34,7 @@ from wan_runtime.dialects import (
     Reading,
     _comfy_layers,
     _comfy_records,
+    _corrections,
     _keys,
     _swizzle,
 )
@@ -58,7 +59,7 @@ def detect(header: Header) -> Evidence | None:
         return Evidence(True, "each quantised layer has a comfy_quant record")
     if _comfy_records.HEADER_KEY in header.metadata:
         return Evidence(True, f"the header has {_comfy_records.HEADER_KEY}")
-    if "weight_scale_2" in names:
+    if "weight_scale_2" in names and not names & _corrections.SVD:
         return Evidence(False, _keys.UNMARKED)
     return None
 
