@@ -91,15 +91,16 @@ def _decompressed(module: Any) -> torch.Tensor:
     if scheme.format == "nvfp4-pack-quantized":
         packed = tensors["weight_packed"]
         codes = unpack_fp4_from_uint8(packed, packed.shape[0], packed.shape[1] * 2, dtype=torch.float32)
-        return dequantize(
+        weight: torch.Tensor = dequantize(
             x_q=codes,
             scale=tensors["weight_scale"].float(),
             args=scheme.weights,
             global_scale=tensors["weight_global_scale"],
             dtype=torch.float32,
         )
-    compressor = BaseCompressor.get_value_from_registry(scheme.format)
-    return compressor.decompress(tensors, scheme)["weight"].float()
+        return weight
+    compressor: Any = BaseCompressor.get_value_from_registry(scheme.format)
+    return torch.as_tensor(compressor.decompress(tensors, scheme)["weight"]).float()
 
 
 def quanto(folder: Path, kind: str, dtype: torch.dtype, *, sidecar: bool = False) -> Tensors:
