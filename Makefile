@@ -2,6 +2,7 @@
 # constraints.txt changed. `make demo` and `make test` are the two to know.
 
 PYTHON ?= python3
+SECONDS ?= 60
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -13,7 +14,7 @@ CHECKPOINTS := $(foreach kind,comfy-fp8-scaled modelopt-nvfp4,\
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test check bench clips checkpoints clean
+.PHONY: help demo serve test check bench fuzz clips checkpoints clean
 
 help:  ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +37,10 @@ check: $(READY)  ## Format, lint, types, import layers
 
 bench: $(READY)  ## Time a patched model on this machine
 	$(BIN)/wan-runtime bench
+
+fuzz: $(READY)  ## Fuzz the reading of headers for SECONDS (60)
+	$(BIN)/python -m pip install --quiet atheris==3.0.0
+	$(BIN)/python -m tests.fuzz.parser build/fuzz -max_total_time=$(SECONDS)
 
 clips: $(READY) checkpoints  ## Score clips of the tiny model in every format (on a GPU where there is one)
 	$(BIN)/python models/tiny/clips.py
