@@ -196,7 +196,7 @@ def test_bench_times_every_multiplier_that_serves_against_bf16() -> None:
     [
         (("convert", "none.safetensors", "new.safetensors", "--to", "bf16"), 1, "there is no such file"),
         (("convert", "FP8", "new.safetensors", "--to", "fp4"), 2, "no conversion target named 'fp4'"),
-        (("convert", "FP8", "FP8", "--to", "bf16"), 2, "the file being read"),
+        (("convert", "FP8", "FP8", "--to", "bf16"), 2, "is being read"),
         (("convert", "FP8", "/proc/new.safetensors", "--to", "bf16"), 1, ""),
         (("inspect", "none.safetensors"), 1, "there is no such file"),
         (("inspect", "FP8", "--dialect", "kohya"), 2, "no dialect named 'kohya'"),

@@ -42,13 +42,20 @@ class Made:
 def made(source: Checkpoint, steps: Mapping[str, Step], target: Target, making: Making) -> Iterator[Made]:
     """Every step's tensors, in the steps' order."""
     read = sizes_of(source)
-    return ahead(
-        steps.values(),
-        lambda step: _step_made(source, step, target, making),
-        lambda step: read[step.path] + sum(spec.nbytes for spec in step.specs.values()),
-        threads=making.threads,
-        budget=BUDGET,
-    )
+    own = torch.get_num_threads()
+    torch.set_num_threads(
+        max(own // making.threads, 1)
+    )  # each worker has its share of the cores, and none waits
+    try:
+        yield from ahead(
+            steps.values(),
+            lambda step: _step_made(source, step, target, making),
+            lambda step: read[step.path] + sum(spec.nbytes for spec in step.specs.values()),
+            threads=making.threads,
+            budget=BUDGET,
+        )
+    finally:
+        torch.set_num_threads(own)
 
 
 def _step_made(source: Checkpoint, step: Step, target: Target, making: Making) -> Made:

@@ -26,7 +26,7 @@ from wan_runtime.formats._scaled import E4M3, E5M2, INT8, Codes, scale_of
 from wan_runtime.formats.nvfp4 import BLOCK, E4M3_MAX, SMALLEST_BLOCK_SCALE
 
 SCALES = ("amax", "mse")
-STRIP = 2**20  # elements of a strip: 4 MB in fp32
+STRIP = 2**18  # elements of a strip: 1 MB in fp32, so that what is computed from it stays near the caches
 # fp8's codes repeat every octave, so one octave holds every way in which weights and codes can lie; below 1 the largest
 # weights are clipped, above it the smallest lose a bit.
 FACTORS = (1.0, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.16, 1.22, 1.29, 1.36, 1.43)
