@@ -21,6 +21,7 @@ Source: compressed-tensors, compressors/ (nvfp4, mxfp4, mxfp8, pack_quantized, n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -152,8 +153,16 @@ def _static(header: Header, path: str) -> list[Source]:
 
 
 def _reciprocal(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
-    """A scale that divides -> one that multiplies, fp32 [1, 1]; what it makes of 0 and NaN is refused later."""
-    return 1 / _keys.scalar_slot(tensor, out, inp)
+    """A scale that divides -> one that multiplies, fp32 [1, 1]."""
+    scale = _keys.scalar_slot(tensor, out, inp)
+    value = float(scale)
+    if not math.isfinite(value):
+        raise ValueError("the scale is NaN or infinite; the file is damaged or was never calibrated.")
+    if value <= 0:
+        raise ValueError(
+            f"the scale divides and is {'zero' if value == 0 else f'negative ({value:g})'}; the file is damaged."
+        )
+    return 1 / scale
 
 
 def _integers(header: Header, path: str) -> tuple[Layer, str]:
