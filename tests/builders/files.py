@@ -160,10 +160,18 @@ def comfy(state: dict[str, torch.Tensor], modules: list[str], weight_format: str
     return content
 
 
+ALGORITHMS = {
+    "fp8": "FP8",
+    "int8": "W8A8_SQ_PER_CHANNEL",
+    "mxfp4": "mxfp4",
+    "mxfp8": "MXFP8",
+    "nvfp4": "NVFP4",
+}
+
+
 def modelopt(state: dict[str, torch.Tensor], modules: list[str], weight_format: str) -> Content:
-    """C1, C2: NVFP4 even-low with plain block scales; config.json says who wrote it."""
-    algorithm = "NVFP4" if weight_format == "nvfp4" else "FP8"
-    quantization = {"quant_method": "modelopt", "quant_algo": algorithm}
+    """C1, C2, C4: 4-bit codes even-low, block scales plain; config.json says who wrote it."""
+    quantization = {"quant_method": "modelopt", "quant_algo": ALGORITHMS[weight_format]}
     config = {"_class_name": "WanTransformer3DModel", "quantization_config": quantization}
     content = Content(dict(state), config=config)
     for module, weight in _layers(state, modules).items():
@@ -173,6 +181,18 @@ def modelopt(state: dict[str, torch.Tensor], modules: list[str], weight_format: 
                 "weight": codes_as(pack(codes, even_high=False)),
                 "weight_scale": codes_as(block_codes, torch.float8_e4m3fn),
                 "weight_scale_2": _scalar(scale),
+            }
+        elif weight_format in MX:
+            codes, block_codes, content.weights[module] = mx(weight, MX[weight_format])
+            eight = weight_format == "mxfp8"
+            held = codes_as(codes, DTYPES["fp8"]) if eight else codes_as(pack(codes, even_high=False))
+            new = {"weight": held, "weight_scale": codes_as(block_codes)}
+        elif weight_format == "int8":
+            scale_of = (np.abs(weight).max(axis=1, keepdims=True) / 127).astype(np.float32).astype(np.float64)
+            codes, content.weights[module] = int8(weight, scale_of)
+            new = {
+                "weight": codes_as(codes, torch.int8),
+                "weight_scale": torch.from_numpy(scale_of[:, 0]).float(),
             }
         else:
             new = _plain_scaled(content, module, weight, weight_format)
@@ -274,7 +294,7 @@ WRITERS: dict[str, tuple[Writer, tuple[str, ...]]] = {
         lightx2v,
         ("fp8", "fp8_block", "int8", "int8_block", "nvfp4", "mxfp8", "mxfp6", "mxfp4"),
     ),
-    "modelopt": (modelopt, ("fp8", "nvfp4")),
+    "modelopt": (modelopt, ("fp8", "int8", "nvfp4", "mxfp8", "mxfp4")),
     "modelopt_comfy": (modelopt_comfy, ("nvfp4",)),
     "plain": (plain, ("none",)),
     "plain_fp8": (plain_fp8, ("fp8", "fp8_e5m2")),
@@ -284,8 +304,10 @@ WRITERS: dict[str, tuple[Writer, tuple[str, ...]]] = {
 
 def input_scale_leaf(dialect: str, weight_format: str) -> str | None:
     """The optional key of a layer's static input scale, which multiplies; None where a producer has no such key."""
-    if dialect == "lightx2v" and weight_format in ("nvfp4", *MX):
-        return None  # its NVFP4 has the reciprocal, and cannot do without it
+    if weight_format in MX or (dialect, weight_format) == ("lightx2v", "nvfp4"):
+        return (
+            None  # MX scales activations dynamically; its NVFP4 has the reciprocal, and cannot do without it
+        )
     return "scale_input" if dialect == "comfy_scaled_fp8" else "input_scale"
 
 

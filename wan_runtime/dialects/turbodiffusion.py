@@ -52,7 +52,9 @@ def _layer(header: Header, path: str) -> Layer:
     key, scale = f"{path}.{CODES}", f"{path}.{SCALE}"
     entry = header.entries[key]
     if entry.dtype != "I8" or len(entry.shape) != 2:
-        raise BadTensor(header.path, key, f"it must be I8 [out, in]; it is {entry.dtype} {list(entry.shape)}.")
+        raise BadTensor(
+            header.path, key, f"it must be I8 [out, in]; it is {entry.dtype} {list(entry.shape)}."
+        )
     if scale not in header.entries:
         raise BadTensor(header.path, key, f"it is int8 and its scale is missing ({scale}).")
     blocks = (-(-entry.shape[0] // 128), -(-entry.shape[1] // 128))
