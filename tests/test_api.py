@@ -174,7 +174,8 @@ def test_a_wan_pipeline_runs_a_patched_model(tmp_path: Path) -> None:
 
 def test_load_builds_for_known_hosts_only(plain: Path) -> None:
     with pytest.raises(
-        InvalidOption, match="host='comfy': a model can be built from a file for diffusers only"
+        InvalidOption,
+        match="host='comfy': a model can be built from a file for diffusers_animate_2, diffusers only",
     ):
         wan_runtime.load(plain, host="comfy")
 

@@ -9,6 +9,8 @@ import torch
 
 from tests.builders import files
 from tests.builders.wan import Sizes, block_linears, state
+from tests.hosts.diffusers import transformer
+from wan_runtime import inspect, patch
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint
 from wan_runtime.errors import InvalidOption
 from wan_runtime.experts import refuse_twins
@@ -85,3 +87,12 @@ def test_names_are_evidence(path: str, says: str | None, tmp_path: Path) -> None
 def test_diffusers_first_transformer_is_the_high_noise_one_where_there_is_a_second(tmp_path: Path) -> None:
     (tmp_path / "transformer_2").mkdir()
     assert noise_in(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors") == "high"
+
+
+def test_what_a_name_says_is_reported_as_no_more_than_that(tmp_path: Path) -> None:
+    path = opened(tmp_path, "wan2.2_low_noise_14B.safetensors").path
+    assert any("low-noise expert of two; nothing in the file says so" in note for note in inspect(path).odd)
+    report = patch(transformer(), path)
+    assert any("the low-noise expert of a two-expert model" in note for note in report.notes)
+    other = opened(tmp_path, "wan2.1_14B.safetensors").path
+    assert not any("noise" in note for note in (*inspect(other).odd, *patch(transformer(), other).notes))

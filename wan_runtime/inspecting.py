@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint
+from wan_runtime.names import noise_in
 from wan_runtime.report import as_text
 
 
@@ -89,6 +90,9 @@ def _odd(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What is readable and still worth knowing."""
     entries = checkpoint.header.entries
     notes = list(checkpoint.header.notes)
+    noise = noise_in(checkpoint.path)
+    if noise is not None:
+        notes.append(f"by its name it is the {noise}-noise expert of two; nothing in the file says so")
     norms = [k for p, k in checkpoint.plain.items() if ".norm" in p or p.endswith("modulation")]
     low = Counter(entries[k].dtype for k in norms if entries[k].dtype != "F32")
     if low:
