@@ -25,7 +25,7 @@ def refused(path: Path, *words: str) -> None:
         assert word in str(caught.value)
 
 
-def pipeline(folder: Path, *experts: str, scale: float = 1.0) -> Path:
+def pipeline(folder: Path, *experts: str) -> Path:
     """A diffusers pipeline's folder, with transformers alone; the experts differ in every value."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
@@ -140,14 +140,14 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").symlink_to(
         "/proc/self/mem"
     )  # a file whose first bytes even root cannot read
-    refused(tmp_path / "m.safetensors", "it cannot be read (Input/output error)")
+    refused(tmp_path / "m.safetensors", "it cannot be read", "Input/output error")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
 def test_a_file_without_permission_says_so(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "m.safetensors")
     (tmp_path / "m.safetensors").chmod(0)
-    refused(tmp_path / "m.safetensors", "it cannot be read (Permission denied)")
+    refused(tmp_path / "m.safetensors", "it cannot be read", "Permission denied")
 
 
 @pytest.mark.parametrize("name", CONTAINERS)

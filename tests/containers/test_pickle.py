@@ -6,6 +6,7 @@ import collections
 import io
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +64,22 @@ def test_a_state_dict_may_be_the_only_entry(tmp_path: Path, key: str) -> None:
 def test_only_convert_reads_one_and_all_others_say_so(tmp_path: Path) -> None:
     path = saved(tmp_path, state(), "wan.pth")
     advice = r"`wan-runtime convert wan\.pth wan\.safetensors --to \.\.\.`"
-    model = torch.nn.Linear(2, 2)
-    for command in (
+    undecided = content("modelopt", "nvfp4")
+    undecided.config = None
+    target = tmp_path / "new.safetensors"
+    commands: tuple[Callable[[], object], ...] = (
         lambda: wan_runtime.inspect(path),
         lambda: wan_runtime.load(path),
         lambda: wan_runtime.compare(path, path),
         lambda: open_checkpoint(path),
-        lambda: (
-            wan_runtime.convert(
-                content("comfy", "nvfp4").write(tmp_path), tmp_path / "c.safetensors", "bf16", reference=path
-            )
-            and None
-        ),
-    ):
-        with pytest.raises(CheckpointError, match="pickle"):
+        lambda: wan_runtime.convert(undecided.write(tmp_path), target, "bf16", reference=path),
+    )
+    for command in commands:
+        with pytest.raises(CheckpointError, match=r"wan\.pth: this is a pickle"):
             command()
+    assert not target.exists()
     with pytest.raises(CheckpointError, match=advice):
         wan_runtime.inspect(path)
-    assert list(model.parameters())
 
 
 def test_convert_takes_the_tensors_out(tmp_path: Path) -> None:

@@ -121,12 +121,6 @@ def test_pickles_are_named_and_never_opened(tmp_path: Path) -> None:
     assert not touched.exists()
 
 
-def test_gguf_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + bytes(64))
-    _refused(path, "GGUF", "safetensors release")
-
-
 @pytest.mark.parametrize("size", range(10))
 def test_a_file_too_short_for_a_header_says_its_size(tmp_path: Path, size: int) -> None:
     path = tmp_path / "short.safetensors"

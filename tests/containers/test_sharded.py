@@ -153,6 +153,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[CheckpointError], tuple[s
         CheckpointError,
         ("total_size much",),
     ),
+    "a shard that the index forgets": (
+        lambda f: edit(f, lambda i: [i["weight_map"].pop(key) for key in ("t2", "t3")]),
+        CheckpointError,
+        ("lists no tensor in", shard(2)),
+    ),
     "no map": (lambda f: edit(f, lambda i: i.pop("weight_map")), CheckpointError, ("has no weight_map",)),
     "a map of something else": (
         lambda f: edit(f, lambda i: i["weight_map"].update(t0=3)),

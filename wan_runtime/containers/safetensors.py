@@ -42,10 +42,6 @@ def read_file(path: Path) -> Header:
         start = file.read(9)
         if size < 10:
             raise CheckpointError(path, f"the file has {size} bytes: too short for a safetensors file.")
-        if start[:4] == b"GGUF":
-            raise CheckpointError(
-                path, "this is a GGUF file, which is not read; use the safetensors release of the model."
-            )
         length = int.from_bytes(start[:8], "little")
         if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(

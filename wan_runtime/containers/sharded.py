@@ -42,26 +42,33 @@ def _find(path: Path) -> Sequence[Found]:
         return (_indexed(_read_index(path)),)
     indices = [_read_index(file) for file in sorted(folder.glob(f"*{INDEX}"))]
     finds = [_indexed(index) for index in indices if index.weight_map]
-    finds += [found for found in _named(folder) if not any(set(found.files) <= set(f.files) for f in finds)]
+    listed = {file for found in finds for file in found.files}
+    finds += [found for found in _named(folder) if listed.isdisjoint(found.files)]
     return finds if path.is_dir() else [found for found in finds if path in found.files]
 
 
 def _indexed(index: Index) -> Found:
-    names = sorted(set(index.weight_map.values()))
+    names = sorted({name for listed in set(index.weight_map.values()) for name in _siblings(listed)})
     return Found("sharded", index.path, (index.path, *(index.path.parent / name for name in names)))
 
 
 def _named(folder: Path) -> list[Found]:
     """Sets without an index, each called by its first shard that is there."""
-    finds: dict[tuple[str, int], Found] = {}
+    finds: dict[tuple[Path, ...], Found] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        match = SHARD.fullmatch(file.name)
-        if match is None or not 1 <= int(match["count"]) <= MAX_SHARDS:
-            continue
-        count = int(match["count"])
-        files = (folder / f"{match['name']}-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1))
-        finds.setdefault((match["name"], count), Found("sharded", file, tuple(files)))
+        if SHARD.fullmatch(file.name):
+            files = tuple(folder / name for name in _siblings(file.name))
+            finds.setdefault(files, Found("sharded", file, files))
     return list(finds.values())
+
+
+def _siblings(name: str) -> list[str]:
+    """The files of the set that a file's name says it is one of; itself where it says nothing."""
+    match = SHARD.fullmatch(name)
+    if match is None or not 1 <= int(match["number"]) <= int(match["count"]) <= MAX_SHARDS:
+        return [name]
+    count = int(match["count"])
+    return [f"{match['name']}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
 def _read_index(path: Path) -> Index:
@@ -94,11 +101,24 @@ def _read(found: Found) -> Header:
     index = _read_index(found.path)
     if not index.weight_map:
         raise CheckpointError(found.path, "this index lists no tensor; name the .safetensors file itself.")
+    _check_names(index, found)
     header = joined(found.path, found.files[1:])
     _check_map(index, header)
     _check_size(index, header)
     said = {name: value for name, value in index.metadata.items() if isinstance(value, str)}
     return dataclasses.replace(header, metadata={**said, **header.metadata})
+
+
+def _check_names(index: Index, found: Found) -> None:
+    """Files that are named as 1 to n of n are all listed: a file of a set holds at least one tensor."""
+    listed = set(index.weight_map.values())
+    missing = [file.name for file in found.files[1:] if file.name not in listed]
+    if missing:
+        raise CheckpointError(
+            index.path,
+            f"it lists no tensor in {shown(missing)}, of which it lists other shards: the index is cut short. Download "
+            "it again.",
+        )
 
 
 def _check_map(index: Index, header: Header) -> None:
