@@ -58,8 +58,8 @@ def torchao(linear: nn.Linear) -> nn.Module:
     clone = nn.Linear(linear.in_features, linear.out_features, device="cuda", dtype=torch.bfloat16)
     clone.load_state_dict(linear.state_dict())
     quantize_(clone, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-    compiled: nn.Module = torch.compile(clone)
-    return compiled
+    compiled: Any = torch.compile(clone)
+    return compiled  # type: ignore[no-any-return]
 
 
 CONTENDERS: dict[str, Callable[[nn.Linear], nn.Module]] = {

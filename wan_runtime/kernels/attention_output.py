@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from wan_runtime.kernels._rows import E4M3_MAX, LEAST, Rows, empty_rows, shape_of, store_row, written
+from wan_runtime.kernels._rows import E4M3_MAX, LEAST, Rows, empty_rows, launch, load_row, store_row, written
 
 
 def attention_output_torch(
@@ -27,34 +27,40 @@ def attention_output_torch(
 
 @triton.jit
 def _attention_output(
-    x, bias, other, out, scales, tokens, width, HAS_BIAS: tl.constexpr, HAS_OTHER: tl.constexpr,
-    E4M3_MAX: tl.constexpr, LEAST: tl.constexpr, CODES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, bias, other, out, scales, tokens, rows, HAS_BIAS: tl.constexpr, HAS_OTHER: tl.constexpr,
+    E4M3_MAX: tl.constexpr, LEAST: tl.constexpr, CODES: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    last = tl.minimum(first + ROWS, tokens)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
+    first = tl.program_id(0).to(tl.int64) * rows
+    last = tl.minimum(first + rows, tokens)
     if HAS_BIAS:
-        b = tl.load(bias + columns, mask=inside, other=0.0)
+        bias_a, bias_b = load_row(bias, WIDTH, A, B)
+    next_a, next_b = load_row(x + first * WIDTH, WIDTH, A, B)
     for row in range(first, last):
-        at = row * width + columns
-        values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        a = next_a.to(tl.float32)
+        b = next_b.to(tl.float32)
+        next_a, next_b = load_row(x + tl.minimum(row + 1, last - 1) * WIDTH, WIDTH, A, B)
         if HAS_OTHER:
-            values += tl.load(other + at, mask=inside, other=0.0).to(tl.float32)
+            other_a, other_b = load_row(other + row * WIDTH, WIDTH, A, B)
+            a += other_a.to(tl.float32)
+            b += other_b.to(tl.float32)
         if HAS_BIAS:
-            values += b
-        store_row(values, out, scales, row, columns, inside, width, E4M3_MAX, LEAST, CODES)
+            a += bias_a
+            b += bias_b
+        store_row(a, b, out, scales, row, WIDTH, A, B, E4M3_MAX, LEAST, CODES)
 
 
 def attention_output(
-    x: torch.Tensor, bias: torch.Tensor | None, other: torch.Tensor | None, codes: bool, rows: int = 1
-) -> Rows:
-    """x + other + bias of x [tokens, width], quantised a row; see the module's docstring."""
+    x: torch.Tensor, bias: torch.Tensor | None, other: torch.Tensor | None, codes: bool, rows: int = 8,
+    warps: int = 8,
+) -> Rows:  # fmt: skip
+    """x + other + bias of x [tokens, width], quantised a row; see above. `rows` and `warps` shape the launch."""
     tokens, width = x.shape
     result = empty_rows(x, codes, x.dtype)
     if tokens:
-        _attention_output[(triton.cdiv(tokens, rows),)](
-            x, bias, other, result.values, result.scale, tokens, width, HAS_BIAS=bias is not None,
-            HAS_OTHER=other is not None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes, ROWS=rows, **shape_of(width),
+        grid, constants = launch(tokens, width, rows, warps)
+        _attention_output[grid](
+            x, bias, other, result.values, result.scale, tokens, rows, HAS_BIAS=bias is not None,
+            HAS_OTHER=other is not None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes, **constants,
         )  # fmt: skip
     return result

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from wan_runtime.kernels._rows import E4M3_MAX, LEAST, Rows, empty_rows, shape_of, store_row, written
+from wan_runtime.kernels._rows import E4M3_MAX, LEAST, Rows, empty_rows, launch, load_row, store_row, written
 
 
 def gelu_quantize_torch(x: torch.Tensor, bias: torch.Tensor | None, codes: bool) -> Rows:
@@ -21,33 +21,41 @@ def gelu_quantize_torch(x: torch.Tensor, bias: torch.Tensor | None, codes: bool)
 
 
 @triton.jit
+def _gelu(x):
+    """x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3): one exponential, to the base 2, and no tanh."""
+    return x / (1.0 + tl.exp2(x * (-2.302208198 - 0.1029432397 * x * x)))
+
+
+@triton.jit
 def _gelu_quantize(
-    x, bias, out, scales, tokens, width, HAS_BIAS: tl.constexpr, E4M3_MAX: tl.constexpr, LEAST: tl.constexpr,
-    CODES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, bias, out, scales, tokens, rows, HAS_BIAS: tl.constexpr, E4M3_MAX: tl.constexpr, LEAST: tl.constexpr,
+    CODES: tl.constexpr, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    last = tl.minimum(first + ROWS, tokens)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
+    first = tl.program_id(0).to(tl.int64) * rows
+    last = tl.minimum(first + rows, tokens)
     if HAS_BIAS:
-        b = tl.load(bias + columns, mask=inside, other=0.0)
+        bias_a, bias_b = load_row(bias, WIDTH, A, B)
+    next_a, next_b = load_row(x + first * WIDTH, WIDTH, A, B)
     for row in range(first, last):
-        values = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        a = next_a.to(tl.float32)
+        b = next_b.to(tl.float32)
+        next_a, next_b = load_row(x + tl.minimum(row + 1, last - 1) * WIDTH, WIDTH, A, B)
         if HAS_BIAS:
-            values += b
-        # gelu_tanh(x) = x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3): one exponential, no tanh.
-        twice = values * (1.5957691216057308 + 0.07135481627161354 * values * values)
-        values = values / (1.0 + tl.exp(-twice))
-        store_row(values, out, scales, row, columns, inside, width, E4M3_MAX, LEAST, CODES)
+            a += bias_a
+            b += bias_b
+        store_row(_gelu(a), _gelu(b), out, scales, row, WIDTH, A, B, E4M3_MAX, LEAST, CODES)
 
 
-def gelu_quantize(x: torch.Tensor, bias: torch.Tensor | None, codes: bool, rows: int = 1) -> Rows:
-    """gelu(x + bias) of x [tokens, width], quantised a row; see the module's docstring."""
+def gelu_quantize(
+    x: torch.Tensor, bias: torch.Tensor | None, codes: bool, rows: int = 8, warps: int = 16
+) -> Rows:
+    """gelu(x + bias) of x [tokens, width], quantised a row; see above. `rows` and `warps` shape the launch."""
     tokens, width = x.shape
     result = empty_rows(x, codes, x.dtype)
     if tokens:
-        _gelu_quantize[(triton.cdiv(tokens, rows),)](
-            x, bias, result.values, result.scale, tokens, width, HAS_BIAS=bias is not None, E4M3_MAX=E4M3_MAX,
-            LEAST=LEAST, CODES=codes, ROWS=rows, **shape_of(width, 1024),
+        grid, constants = launch(tokens, width, rows, warps)
+        _gelu_quantize[grid](
+            x, bias, result.values, result.scale, tokens, rows, HAS_BIAS=bias is not None, E4M3_MAX=E4M3_MAX,
+            LEAST=LEAST, CODES=codes, **constants,
         )  # fmt: skip
     return result

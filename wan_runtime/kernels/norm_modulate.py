@@ -21,8 +21,9 @@ from wan_runtime.kernels._rows import (
     LEAST,
     Rows,
     empty_rows,
+    launch,
+    load_row,
     normalise,
-    shape_of,
     store_row,
     written,
 )
@@ -54,39 +55,48 @@ def norm_modulate_torch(x: torch.Tensor, modulation: Modulation, codes: bool) ->
 
 @triton.jit
 def _norm_modulate(
-    x, factor, shift, index, out, scales, tokens, width, stride, eps,
+    x, factor, shift, index, out, scales, tokens, rows, stride, eps,
     PLUS: tl.constexpr, SINGLE: tl.constexpr, E4M3_MAX: tl.constexpr, LEAST: tl.constexpr, CODES: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    last = tl.minimum(first + ROWS, tokens)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    if SINGLE:
-        f = tl.load(factor + columns, mask=inside, other=0.0) + PLUS
-        s = tl.load(shift + columns, mask=inside, other=0.0)
+    first = tl.program_id(0).to(tl.int64) * rows
+    last = tl.minimum(first + rows, tokens)
+    taken = first * 0
+    if not SINGLE:
+        taken = tl.load(index + first).to(tl.int64)
+    factor_a, factor_b = load_row(factor + taken * stride, WIDTH, A, B)
+    shift_a, shift_b = load_row(shift + taken * stride, WIDTH, A, B)
+    next_a, next_b = load_row(x + first * WIDTH, WIDTH, A, B)
     for row in range(first, last):
+        a = next_a.to(tl.float32)
+        b = next_b.to(tl.float32)
+        next_a, next_b = load_row(x + tl.minimum(row + 1, last - 1) * WIDTH, WIDTH, A, B)
         if not SINGLE:
-            entry = tl.load(index + row).to(tl.int64) * stride
-            f = tl.load(factor + entry + columns, mask=inside, other=0.0) + PLUS
-            s = tl.load(shift + entry + columns, mask=inside, other=0.0)
-        values = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-        values = normalise(values, inside, width, eps) * f + s
-        store_row(values, out, scales, row, columns, inside, width, E4M3_MAX, LEAST, CODES)
+            entry = tl.load(index + row).to(tl.int64)
+            if entry != taken:
+                taken = entry
+                factor_a, factor_b = load_row(factor + taken * stride, WIDTH, A, B)
+                shift_a, shift_b = load_row(shift + taken * stride, WIDTH, A, B)
+        a, b = normalise(a, b, eps, WIDTH, A, B)
+        a = a * (factor_a + PLUS) + shift_a
+        b = b * (factor_b + PLUS) + shift_b
+        store_row(a, b, out, scales, row, WIDTH, A, B, E4M3_MAX, LEAST, CODES)
 
 
-def norm_modulate(x: torch.Tensor, modulation: Modulation, codes: bool, rows: int = 1) -> Rows:
+def norm_modulate(
+    x: torch.Tensor, modulation: Modulation, codes: bool, rows: int = 8, warps: int = 8
+) -> Rows:
     """LayerNorm, modulate and quantise each row of x [tokens, width]; see the module's docstring.
 
-    `rows` is how many rows a program takes in turn: it reads a single entry's factor and shift once for all of them.
+    `rows` and `warps` shape the launch; the defaults measured best on an H200 (docs/log.md).
     """
     tokens, width = x.shape
     result = empty_rows(x, codes, x.dtype)
     m = modulation
     if tokens:
-        _norm_modulate[(triton.cdiv(tokens, rows),)](
-            x, m.factor, m.shift, m.index, result.values, result.scale, tokens, width, m.factor.stride(0), m.eps,
-            PLUS=m.plus, SINGLE=m.index is None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes, ROWS=rows,
-            **shape_of(width),
+        grid, constants = launch(tokens, width, rows, warps)
+        _norm_modulate[grid](
+            x, m.factor, m.shift, m.index, result.values, result.scale, tokens, rows, m.factor.stride(0), m.eps,
+            PLUS=m.plus, SINGLE=m.index is None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes, **constants,
         )  # fmt: skip
     return result

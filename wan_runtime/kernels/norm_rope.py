@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from wan_runtime.kernels._rows import E4M3_MAX, LEAST, shape_of
+from wan_runtime.kernels._rows import E4M3_MAX, LEAST, launch, load_row, store_plain
 
 
 def bounded(weight: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,44 +48,59 @@ def norm_rope_torch(
 
 
 @triton.jit
+def _rotate(values, table, START: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr):
+    """Turn COUNT values, the row's from START on, by the angles of their pairs."""
+    even, odd = tl.split(tl.reshape(values, (COUNT // 2, 2)))
+    pair = (START // 2 + tl.arange(0, COUNT // 2)) % HALF
+    cos = tl.load(table + pair)
+    sin = tl.load(table + HALF + pair)
+    return tl.interleave(even * cos - odd * sin, even * sin + odd * cos)
+
+
+@triton.jit
 def _norm_rope(
-    x, out, bias, weight, table, tokens, width, stride, out_stride, positions, eps,
-    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, ROTATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, out, bias, weight, table, tokens, rows, stride, out_stride, positions, eps,
+    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, ROTATE: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    last = tl.minimum(first + ROWS, tokens)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
+    first = tl.program_id(0).to(tl.int64) * rows
+    last = tl.minimum(first + rows, tokens)
     if HAS_BIAS:
-        b = tl.load(bias + columns, mask=inside, other=0.0)
-    w = tl.load(weight + columns, mask=inside, other=0.0)
+        bias_a, bias_b = load_row(bias, WIDTH, A, B)
+    weight_a, weight_b = load_row(weight, WIDTH, A, B)
+    next_a, next_b = load_row(x + first * stride, WIDTH, A, B)
     for row in range(first, last):
-        values = tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+        a = next_a.to(tl.float32)
+        b = next_b.to(tl.float32)
+        next_a, next_b = load_row(x + tl.minimum(row + 1, last - 1) * stride, WIDTH, A, B)
         if HAS_BIAS:
-            values += b
-        values = values * tl.rsqrt(tl.sum(values * values, 0) / width + eps) * w
+            a += bias_a
+            b += bias_b
+        scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / WIDTH + eps)
+        a = a * scale * weight_a
+        b = b * scale * weight_b
         if ROTATE:
-            even, odd = tl.split(tl.reshape(values, (BLOCK // 2, 2)))
-            pair = tl.arange(0, BLOCK // 2) % HALF
-            at = table + (row % positions) * (2 * HALF) + pair
-            cos = tl.load(at)
-            sin = tl.load(at + HALF)
-            values = tl.interleave(even * cos - odd * sin, even * sin + odd * cos)
-        tl.store(out + row * out_stride + columns, values.to(out.dtype.element_ty), mask=inside)
+            angles = table + (row % positions) * (2 * HALF)
+            a = _rotate(a, angles, 0, A, HALF)
+            b = _rotate(b, angles, A, B, HALF)
+        store_plain(out + row * out_stride, a, b, WIDTH, A, B)
 
 
 def norm_rope(
     x: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor, eps: float, table: torch.Tensor | None,
-    out: torch.Tensor | None = None, rows: int = 1,
+    out: torch.Tensor | None = None, rows: int = 8, warps: int = 8,
 ) -> torch.Tensor:  # fmt: skip
-    """Add the bias, normalise and rotate x [tokens, width], in place or into `out`, and return that; see above."""
+    """Add the bias, normalise and rotate x [tokens, width], in place or into `out`, and return that; see above.
+
+    `rows` and `warps` shape the launch.
+    """
     tokens, width = x.shape
     target = x if out is None else out
     if tokens:
-        _norm_rope[(triton.cdiv(tokens, rows),)](
-            x, target, bias, weight, table, tokens, width, x.stride(0), target.stride(0),
-            1 if table is None else table.shape[0], eps,
-            HALF=1 if table is None else table.shape[1] // 2, HAS_BIAS=bias is not None, ROTATE=table is not None,
-            ROWS=rows, **shape_of(width),
+        grid, constants = launch(tokens, width, rows, warps)
+        _norm_rope[grid](
+            x, target, bias, weight, table, tokens, rows, x.stride(0), target.stride(0),
+            1 if table is None else table.shape[0], eps, HALF=1 if table is None else table.shape[1] // 2,
+            HAS_BIAS=bias is not None, ROTATE=table is not None, **constants,
         )  # fmt: skip
     return target

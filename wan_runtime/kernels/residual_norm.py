@@ -20,8 +20,10 @@ from wan_runtime.kernels._rows import (
     LEAST,
     Rows,
     empty_rows,
+    launch,
+    load_row,
     normalise,
-    shape_of,
+    store_plain,
     store_row,
     written,
 )
@@ -45,67 +47,83 @@ def residual_norm_torch(
 
 @triton.jit
 def _residual_norm(
-    y, bias, gate, residual, total, index, factor, shift, out, scales, tokens, width, gate_stride, stride, eps,
+    y, bias, gate, residual, total, index, factor, shift, out, scales, tokens, rows, gate_stride, stride, eps,
     HAS_BIAS: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, PLUS: tl.constexpr,
     ONE_GATE: tl.constexpr, ONE_ENTRY: tl.constexpr,
-    E4M3_MAX: tl.constexpr, LEAST: tl.constexpr, CODES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    E4M3_MAX: tl.constexpr, LEAST: tl.constexpr, CODES: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    last = tl.minimum(first + ROWS, tokens)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
+    first = tl.program_id(0).to(tl.int64) * rows
+    last = tl.minimum(first + rows, tokens)
+    taken = first * 0
+    if not (ONE_GATE and ONE_ENTRY):
+        taken = tl.load(index + first).to(tl.int64)
     if HAS_BIAS:
-        b = tl.load(bias + columns, mask=inside, other=0.0)
-    if GATED and ONE_GATE:
-        g = tl.load(gate + columns, mask=inside, other=0.0)
-    if NORM and ONE_ENTRY:
-        f = tl.load(factor + columns, mask=inside, other=0.0) + PLUS
-        s = tl.load(shift + columns, mask=inside, other=0.0)
+        bias_a, bias_b = load_row(bias, WIDTH, A, B)
+    if GATED:
+        gate_a, gate_b = load_row(gate if ONE_GATE else gate + taken * gate_stride, WIDTH, A, B)
+    if NORM:
+        factor_a, factor_b = load_row(factor if ONE_ENTRY else factor + taken * stride, WIDTH, A, B)
+        shift_a, shift_b = load_row(shift if ONE_ENTRY else shift + taken * stride, WIDTH, A, B)
+    next_a, next_b = load_row(y + first * WIDTH, WIDTH, A, B)
+    before_a, before_b = load_row(residual + first * WIDTH, WIDTH, A, B)
     for row in range(first, last):
-        at = row * width + columns
-        values = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        before = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        a = next_a.to(tl.float32)
+        b = next_b.to(tl.float32)
+        stream_a = before_a.to(tl.float32)
+        stream_b = before_b.to(tl.float32)
+        ahead = tl.minimum(row + 1, last - 1) * WIDTH
+        next_a, next_b = load_row(y + ahead, WIDTH, A, B)
+        before_a, before_b = load_row(residual + ahead, WIDTH, A, B)
         if not (ONE_GATE and ONE_ENTRY):
             entry = tl.load(index + row).to(tl.int64)
+            if entry != taken:
+                taken = entry
+                if GATED and not ONE_GATE:
+                    gate_a, gate_b = load_row(gate + taken * gate_stride, WIDTH, A, B)
+                if NORM and not ONE_ENTRY:
+                    factor_a, factor_b = load_row(factor + taken * stride, WIDTH, A, B)
+                    shift_a, shift_b = load_row(shift + taken * stride, WIDTH, A, B)
         if HAS_BIAS:
-            values += b
+            a += bias_a
+            b += bias_b
         if GATED:
-            if not ONE_GATE:
-                g = tl.load(gate + entry * gate_stride + columns, mask=inside, other=0.0)
-            values *= g
-        stored = (before + values).to(total.dtype.element_ty)
-        tl.store(total + at, stored, mask=inside)
+            a *= gate_a
+            b *= gate_b
+        a = (a + stream_a).to(total.dtype.element_ty)
+        b = (b + stream_b).to(total.dtype.element_ty)
+        store_plain(total + row * WIDTH, a, b, WIDTH, A, B)
         if NORM:
-            if not ONE_ENTRY:
-                f = tl.load(factor + entry * stride + columns, mask=inside, other=0.0) + PLUS
-                s = tl.load(shift + entry * stride + columns, mask=inside, other=0.0)
-            normal = normalise(stored.to(tl.float32), inside, width, eps) * f + s
-            store_row(normal, out, scales, row, columns, inside, width, E4M3_MAX, LEAST, CODES)
+            normal_a, normal_b = normalise(a.to(tl.float32), b.to(tl.float32), eps, WIDTH, A, B)
+            normal_a = normal_a * (factor_a + PLUS) + shift_a
+            normal_b = normal_b * (factor_b + PLUS) + shift_b
+            store_row(normal_a, normal_b, out, scales, row, WIDTH, A, B, E4M3_MAX, LEAST, CODES)
 
 
 def residual_norm(
     y: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor | None, residual: torch.Tensor,
     index: torch.Tensor | None, modulation: Modulation | None, codes: bool, *, into: torch.Tensor | None = None,
-    rows: int = 1,
+    rows: int = 8, warps: int = 16,
 ) -> tuple[torch.Tensor, Rows | None]:  # fmt: skip
     """residual + gate * (y + bias), and what the next norm makes of it; see the module's docstring.
 
     `index` is the gate's; the Modulation has its own, the same tensor or None. `into` takes the sum: it may be the
-    residual itself.
+    residual itself. `rows` and `warps` shape the launch.
     """
     tokens, width = y.shape
     total = torch.empty_like(residual) if into is None else into
     m = modulation
     result = None if m is None else empty_rows(residual, codes, residual.dtype)
     if tokens:
-        _residual_norm[(triton.cdiv(tokens, rows),)](
+        grid, constants = launch(tokens, width, rows, warps)
+        _residual_norm[grid](
             y, bias, gate, residual, total, index if m is None or m.index is None else m.index,
             None if m is None else m.factor, None if m is None else m.shift,
             None if result is None else result.values, None if result is None else result.scale,
-            tokens, width, 0 if gate is None else gate.stride(0), 0 if m is None else m.factor.stride(0),
+            tokens, rows, 0 if gate is None else gate.stride(0), 0 if m is None else m.factor.stride(0),
             0.0 if m is None else m.eps,
             HAS_BIAS=bias is not None, GATED=gate is not None, NORM=m is not None, PLUS=0.0 if m is None else m.plus,
             ONE_GATE=gate is None or index is None, ONE_ENTRY=m is None or m.index is None,
-            E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes, ROWS=rows, **shape_of(width),
+            E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes, **constants,
         )  # fmt: skip
     return total, result
