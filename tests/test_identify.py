@@ -93,7 +93,12 @@ def test_the_file_of_a_tool_that_is_not_read_is_unknown(
     )
 
 
-NVFP4_SMOOTHED = ("comfy", "nvfp4", "pre_quant_scale")
+READ = (  # dialect, format, leaf; read by tests/test_comfy.py, where half a low-rank branch is refused too
+    ("comfy", "nvfp4", "pre_quant_scale"),
+    ("comfy_scaled_fp8", "*", "scale_weight_tensor"),
+    ("modelopt", "*", "pre_quant_scale"),
+    ("modelopt", "*", "svdquant_lora_a"),
+)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +117,9 @@ def test_a_tensor_that_changes_a_weight_s_meaning_is_not_left_out(
     tmp_path: Path, dialect: str, weight_format: str, leaf: str, shape: tuple[int, ...]
 ) -> None:
     wanted = content(dialect, weight_format)
-    reads = (dialect, leaf) == ("comfy_scaled_fp8", "scale_weight_tensor")
-    if f"{FIRST}.{leaf}" in wanted.tensors or reads or (dialect, weight_format, leaf) == NVFP4_SMOOTHED:
+    if f"{FIRST}.{leaf}" in wanted.tensors or {(dialect, held, leaf) for held in (weight_format, "*")} & {
+        *READ
+    }:
         return  # this dialect reads it
     wanted.tensors[f"{FIRST}.{leaf}"] = torch.ones(shape)
     with pytest.raises((UnaccountedTensors, UnknownDialect)) as caught:
@@ -121,17 +127,16 @@ def test_a_tensor_that_changes_a_weight_s_meaning_is_not_left_out(
     assert leaf.rpartition(".")[2] in str(caught.value)
 
 
-def test_model_optimizer_s_post_processed_nvfp4_is_refused_until_named(
-    host: torch.nn.Module, tmp_path: Path
-) -> None:
-    for dialect in ("modelopt", "comfy"):
-        wanted = content(dialect, "nvfp4")
+def test_model_optimizer_s_post_process_goes_before_every_other_mark(tmp_path: Path) -> None:
+    """Its files may have ComfyUI's records or its own config.json, and never ComfyUI's nibbles."""
+    for name in ("modelopt", "modelopt_comfy"):
+        wanted = content(name, "nvfp4")
         wanted.metadata["quantization_config"] = '{"quant_algo": "NVFP4"}'
-        path = wanted.write(tmp_path / dialect)
-        refused(host, path, CheckpointError, "quantization_config", "swizzled or plain", "--dialect modelopt")
-    wanted = content("modelopt", "nvfp4")
-    wanted.metadata["quantization_config"] = '{"quant_algo": "NVFP4"}'
-    assert_reads(open_checkpoint(wanted.write(tmp_path), dialect="modelopt"), wanted)
+        wanted.metadata["_quantization_metadata"] = '{"layers": {"blocks.0.ffn.0": {"format": "nvfp4"}}}'
+        path = wanted.write(tmp_path / name)
+        assert open_checkpoint(path).dialect.name == name
+        assert_reads(open_checkpoint(path), wanted)
+        assert_reads(open_checkpoint(path, dialect=name), wanted)
 
 
 OWN = {

@@ -19,6 +19,7 @@ from wan_runtime.header import Header
 SMOOTHED = "pre_quant_scale"
 BRANCH = {"svdquant_lora_a": "low_rank_a", "svdquant_lora_b": "low_rank_b"}
 SVD = frozenset(BRANCH)
+KEYS = SVD | {SMOOTHED}
 
 
 def smoothed(header: Header, layer: Layer) -> Layer:

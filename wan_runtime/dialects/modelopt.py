@@ -51,7 +51,7 @@ def detect(header: Header) -> Evidence | None:
     if "weight_scale" not in names or names & FOREIGN:
         return None
     if _keys.postprocessed(header):
-        return None if names & _corrections.SVD else _postprocessed(header)
+        return None if names & _corrections.KEYS else _postprocessed(header)
     config = header.config.get("quantization_config")
     if isinstance(config, Mapping) and (config.get("quant_method") == "modelopt" or "quant_algo" in config):
         return Evidence(True, f"config.json says modelopt ({config.get('quant_algo', 'no quant_algo')})")
