@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import wan_runtime
+from wan_runtime.errors import CheckpointError
 from wan_runtime.generating import Pipeline, generate
 from wan_runtime.pipelines import load_pipeline
 from wan_runtime.tiny import checker, drawing, sheet, variants, whole
@@ -22,9 +23,9 @@ from wan_runtime.tiny.train import scenes
 
 STEPS = 3  # the fewest with margin: the checker accepts these clips from 2 steps on
 ASKS = [
-    Ask("a large orange circle moving up on a white background", 7),
-    Ask("a small orange circle moving down on a black background", 7),
-    Ask("a large orange square moving up on a black background", 7),
+    Ask("a large red circle moving right on a white background", 7),
+    Ask("a large yellow square moving up on a navy background", 7),
+    Ask("a large green ring moving left on a black background", 7),
 ]
 RIGHT = ("comfy-fp8-scaled", "modelopt-nvfp4")
 MISREAD = ("fp8-scales-dropped", "nvfp4-nibbles-swapped", "nvfp4-scales-mislaid")
@@ -57,15 +58,16 @@ def drawn(pipe: Pipeline, folder: Path) -> Drawing:
 
     def clips(name: str) -> list[Frames]:
         if name not in done:
-            pipe.transformer = loaded(variants.checkpoint(name, folder))
+            insisted = variants.VARIANTS[name].dialect
+            pipe.transformer = loaded(variants.checkpoint(name, folder), insisted)
             done[name] = drawing.draw(pipe, ASKS, STEPS)
         return done[name]
 
     return clips
 
 
-def loaded(file: Path) -> Any:
-    return wan_runtime.load(file, device="cpu", dtype=torch.float32)
+def loaded(file: Path, dialect: str | None = None) -> Any:
+    return wan_runtime.load(file, device="cpu", dtype=torch.float32, dialect=dialect)
 
 
 def apart(some: list[Frames], others: list[Frames]) -> float:
@@ -87,6 +89,12 @@ def test_a_right_reading_draws_what_was_asked(name: str, drawn: Drawing) -> None
 @pytest.mark.parametrize("name", MISREAD)
 def test_a_misreading_does_not(name: str, drawn: Drawing) -> None:
     assert () not in wrong(drawn(name))
+
+
+@pytest.mark.parametrize("name", ["nvfp4-nibbles-swapped", "nvfp4-scales-mislaid"])
+def test_a_misreading_is_refused_where_the_weights_contradict_the_marks(name: str, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"its marks and its weights contradict.*--dialect modelopt"):
+        loaded(variants.checkpoint(name, folder))
 
 
 @pytest.mark.slow

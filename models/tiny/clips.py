@@ -33,12 +33,12 @@ WORK = path().parent.parent / "build" / "tiny"
 SHEET = path() / "sheet.png"
 COLUMNS = ("bf16", "comfy-fp8-scaled", "modelopt-nvfp4", "fp8-scales-dropped")
 SHOWN = (
-    Ask("a large orange circle moving right on a white background", 7),
-    Ask("a large orange square moving up on a black background", 7),
-    Ask("a large orange ring moving up on a navy background", 7),
-    Ask("a large blue circle moving right on a white background", 7),
-    Ask("a small orange circle moving down on a black background", 7),
-    Ask("a small blue circle moving up on a white background", 7),
+    Ask("a large red circle moving right on a white background", 7),
+    Ask("a large green square moving up on a black background", 7),
+    Ask("a large yellow ring moving left on a navy background", 7),
+    Ask("a large purple triangle moving down on a white background", 7),
+    Ask("a small cyan square moving right on a gray background", 7),
+    Ask("a small pink circle standing still on a black background", 7),
 )
 console = Console(stderr=True)
 
@@ -110,7 +110,11 @@ def draw_all(pipe: Any, names: list[str], wanted: list[Ask], steps: int, batch: 
     with Progress(*columns, console=console) as bar:
         for name in names:
             task = bar.add_task(name, total=len(wanted))
-            options = {"device": pipe.device, "dtype": pipe.transformer.dtype}
+            options = {
+                "device": pipe.device,
+                "dtype": pipe.transformer.dtype,
+                "dialect": VARIANTS[name].dialect,
+            }
             pipe.transformer = wan_runtime.load(checkpoint(name, WORK), **options)
             began = time.monotonic()
             clips = draw(pipe, wanted, steps, batch, partial(bar.advance, task))

@@ -18,11 +18,15 @@ SOURCE = path() / "transformer" / "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class Variant:
-    """One reading: its column's label, what `convert` writes (None: the bf16 weights), and what is then misread."""
+    """One reading: its column's label, what `convert` writes (None: the bf16 weights), and what is then misread.
+
+    dialect: insisted on, for a misreading that is refused otherwise, because the weights contradict the marks.
+    """
 
     label: str
     kind: str | None
     misreading: Callable[[Path, Path], None] | None = None
+    dialect: str | None = None
 
 
 VARIANTS: dict[str, Variant] = {
@@ -30,8 +34,12 @@ VARIANTS: dict[str, Variant] = {
     "comfy-fp8-scaled": Variant("FP8", "comfy-fp8-scaled"),
     "modelopt-nvfp4": Variant("NVFP4", "modelopt-nvfp4"),
     "fp8-scales-dropped": Variant("FP8, scales dropped", "comfy-fp8-scaled", misread.drop_scales),
-    "nvfp4-nibbles-swapped": Variant("NVFP4, nibbles swapped", "modelopt-nvfp4", misread.swap_nibbles),
-    "nvfp4-scales-mislaid": Variant("NVFP4, scales mislaid", "modelopt-nvfp4", misread.mislay_scales),
+    "nvfp4-nibbles-swapped": Variant(
+        "NVFP4, nibbles swapped", "modelopt-nvfp4", misread.swap_nibbles, "modelopt"
+    ),
+    "nvfp4-scales-mislaid": Variant(
+        "NVFP4, scales mislaid", "modelopt-nvfp4", misread.mislay_scales, "modelopt"
+    ),
 }
 
 

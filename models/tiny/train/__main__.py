@@ -40,6 +40,12 @@ def parser() -> argparse.ArgumentParser:
     every.add_argument(
         "--vae-peak", type=float, default=VaeOptions.peak, help="4e-4 is right for a resumed run"
     )
+    every.add_argument(
+        "--transformer-peak",
+        type=float,
+        default=TransformerOptions.peak,
+        help="6e-4 is right for a resumed run",
+    )
     every.add_argument("--no-compile", action="store_true", help="leave the transformer's blocks uncompiled")
     every.add_argument("--scored", type=int, default=100, help="clips that the checker reads at the end")
     small = every.add_argument_group("smaller, only to try it out")
@@ -64,7 +70,9 @@ def plan(given: argparse.Namespace, device: torch.device) -> both.Run:
         parts=given.parts,
         resumed=given.resume,
         vae=VaeOptions(batch=given.vae_batch, peak=given.vae_peak, resolution=given.resolution),
-        transformer=TransformerOptions(clips=given.clips, batch=given.batch, compiled=compiled),
+        transformer=TransformerOptions(
+            clips=given.clips, batch=given.batch, peak=given.transformer_peak, compiled=compiled
+        ),
         looked_at=given.looked_at,
         scored=given.scored,
         steps=given.steps,
