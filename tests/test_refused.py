@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,30 @@ def _write(folder: Path, written: Written, config: dict[str, Any] | None = None)
 def test_a_file_of_the_tool_is_refused_by_its_name(host: torch.nn.Module, tmp_path: Path, tool: str) -> None:
     written, words = TOOLS[tool]
     refused(host, _write(tmp_path, written), UnreadDialect, *words, "Instead, ")
+
+
+def test_pickled_torchao_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    """Its subclasses are saved, and opened where torchao was never imported, each in a process of its own."""
+    write = """
+import torch
+from torchao.quantization import Int8Tensor, PerRow
+weight = Int8Tensor.from_hp(torch.randn(128, 128), granularity=PerRow())
+torch.save({"blocks.0.self_attn.q.weight": weight}, "wan.pt")
+"""
+    read = """
+import wan_runtime
+from wan_runtime.errors import CheckpointError
+try:
+    wan_runtime.convert("wan.pt", "new.safetensors", "bf16")
+except CheckpointError as error:
+    print(error)
+"""
+    for program in (write, read):
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "torchao's tensor subclasses, pickled" in done.stdout
+    assert "flatten_tensor_state_dict" in done.stdout
+    assert not (tmp_path / "new.safetensors").exists()
 
 
 def test_sdnq_is_known_by_its_configuration(host: torch.nn.Module, tmp_path: Path) -> None:

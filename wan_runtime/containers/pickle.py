@@ -69,6 +69,13 @@ def _loaded(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, EOFError, TypeError) as error:
+        if "torchao." in str(error):
+            raise CheckpointError(
+                path,
+                "its weights are torchao's tensor subclasses, pickled, which mean something only to the version of "
+                "torchao that wrote them. Where it was made, save it with flatten_tensor_state_dict of "
+                "torchao.prototype.safetensors and safetensors' save_file; that is read.",
+            ) from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(
             path,
