@@ -44,9 +44,9 @@ def serve(
         "The low-noise expert of a two-expert model; --checkpoint is then the high-noise one."))] = None,
     base: Annotated[str | None, typer.Option(help=(
         "Diffusers directory or hub id with the text encoder, VAE, tokenizer and scheduler."))] = None,
-    text_encoder: Annotated[Path | None, typer.Option(exists=True, resolve_path=True, help=(
+    text_encoder: Annotated[Path | None, typer.Option(exists=True, callback=_absolute, help=(
         "Another text encoder: a .safetensors file, plain or quantised, or a diffusers directory."))] = None,
-    vae: Annotated[Path | None, typer.Option(exists=True, resolve_path=True, help=(
+    vae: Annotated[Path | None, typer.Option(exists=True, callback=_absolute, help=(
         "Another VAE: a .safetensors file or a diffusers directory."))] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = DEFAULTS.host,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = DEFAULTS.port,
