@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +28,13 @@ class Processor:
 
     def __init__(self, name: str, planned_for: str, replaced: Any) -> None:
         self.name, self.planned_for, self.replaced = name, planned_for, replaced
+        chosen = ATTENTIONS[
+            name
+        ]  # looked up here: a forward must not search the catalogue, and torch.compile cannot
+        self._attend, self._elsewhere = chosen.attend, ATTENTIONS["sdpa"].attend
+        self.codes = (
+            chosen.codes
+        )  # the same on e4m3 codes, where this attention takes them; see Attention.codes
 
     @property
     def elsewhere(self) -> bool:
@@ -37,12 +43,7 @@ class Processor:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v [batch, tokens, heads, head] -> [batch, tokens, heads, head]."""
-        return ATTENTIONS[self.name if q.device.type == self.planned_for else "sdpa"].attend(q, k, v)
-
-    @property
-    def codes(self) -> Callable[..., torch.Tensor] | None:
-        """The same on e4m3 codes, where this attention takes them; see Attention.codes."""
-        return ATTENTIONS[self.name].codes
+        return (self._attend if q.device.type == self.planned_for else self._elsewhere)(q, k, v)
 
     def __call__(
         self,

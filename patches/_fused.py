@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from wan_runtime.attention import Attend
-from wan_runtime.backends import coded_multiplier
 from wan_runtime.linear import QuantLinear
 
 
@@ -90,7 +89,7 @@ def takes_codes(module: nn.Module) -> bool:
         and not module.corrected
         and not module.pair
         and module.planned_for == module.get_parameter("payload").device.type
-        and coded_multiplier(module.backend, module.format, module.compute) is not None
+        and module.coded is not None
         and hooked(module) is None
     )
 
@@ -111,10 +110,8 @@ def multiply(module: nn.Module, rows: Any) -> tuple[torch.Tensor, torch.Tensor |
     """A linear's product, and the bias that is still to be added to it (fp32), or None where it is in already."""
     if rows.scale is None:
         return module(rows.values), None
-    assert isinstance(module, QuantLinear)
-    coded = coded_multiplier(module.backend, module.format, module.compute)
-    assert coded is not None
-    return coded(rows.values, rows.scale, module.slots), module.bias
+    assert isinstance(module, QuantLinear) and module.coded is not None
+    return module.coded(rows.values, rows.scale, module.slots), module.bias
 
 
 def keys_and_values(

@@ -78,7 +78,12 @@ class Shared:
 
     def rotary_table(self, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
         """diffusers' tables [1, tokens, 1, head], each value twice -> norm_rope's [tokens, head] fp32."""
+        if torch.compiler.is_compiling():
+            return _table(cosines, sines)
         if self.rotary is None or self.rotary[0] is not cosines:
-            halves = (cosines[0, :, 0, 0::2], sines[0, :, 0, 1::2])
-            self.rotary = (cosines, torch.cat(halves, 1).float().contiguous())
+            self.rotary = (cosines, _table(cosines, sines))
         return self.rotary[1]
+
+
+def _table(cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    return torch.cat((cosines[0, :, 0, 0::2], sines[0, :, 0, 1::2]), 1).float().contiguous()

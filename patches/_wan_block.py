@@ -184,7 +184,7 @@ def _modulation(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The distinct rows of modulation [entries, 6, width] fp32, and which one each token takes (None: the first)."""
     if temb.ndim == 4:
-        known = shared.steps
+        known = None if torch.compiler.is_compiling() else shared.steps
         if known is not None and known[0].data_ptr() == temb.data_ptr():
             return own + known[1].float(), known[2] if len(known[1]) > 1 else None
         rows = temb.reshape(-1, *temb.shape[2:])

@@ -134,6 +134,7 @@ def coded(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.compute = "fp8"
+            module._bind()
             assert takes_codes(module)
     return model
 
@@ -158,8 +159,10 @@ def test_fp8_attention_of_the_inner_blocks(batch: int, spy: Spy, monkeypatch: py
     names = [(block.attn1.processor.name, block.attn2.processor.name) for block in twin.blocks]
     assert names == [("fa3", "fa3")] * 2 + [("fp8", "fa3")] * 2 + [("fa3", "fa3")] * 2
     monkeypatch.setattr(Processor, "attend", lambda self, *qkv: ATTENTIONS["sdpa"].attend(*qkv))
-    codes = property(lambda self: attend_codes if self.name == "fp8" else None)
-    monkeypatch.setattr(Processor, "codes", codes)
+    for block in twin.blocks[2:4]:
+        assert block.attn1.processor.codes is not None
+        block.attn1.processor.codes = attend_codes
+    assert twin.blocks[0].attn1.processor.codes is None
     result = run(twin, batch=batch)
     assert spy.count == 6
     assert 1e-5 < error(result, expected) < 0.02
@@ -171,6 +174,7 @@ def test_one_layer_that_takes_plain_rows_among_codes(left_out: str) -> None:
     model = patched()
     mixed = coded(fused(model))
     mixed.get_submodule(left_out).compute = "bf16"
+    mixed.get_submodule(left_out)._bind()
     assert not takes_codes(mixed.get_submodule(left_out))
     assert error(run(mixed), run(model)) < 0.06
 

@@ -6,7 +6,6 @@ compute  how the product is formed: "fp8" (FP8 tensor cores, activations quantis
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,9 +67,8 @@ def multiplier(backend: str, weight_format: str, compute: str) -> Multiply:
     return backend_named(backend).kernel(weight_format, compute)
 
 
-@functools.cache
 def coded_multiplier(backend: str, weight_format: str, compute: str) -> Coded | None:
-    """The function that multiplies e4m3 codes for a layer, or None; looked up once, as a forward asks every time."""
+    """The function that multiplies e4m3 codes for a layer, or None."""
     return backend_named(backend).coded(weight_format, compute)
 
 
