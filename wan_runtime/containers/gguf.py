@@ -4,7 +4,7 @@ Floats become entries of their own dtype. A tensor in ggml's blocks is an entry 
 "gguf" says what it is: JSON {"architecture": ..., "tensors": {key: {"type": "Q4_K", "shape": [out, in]}}}. The shape is
 the dimensions turned round (GGUF's first is the fastest), or that of the field `comfy.gguf.orig_shape.<key>`, which
 converters write for a tensor that they had to flatten, such as the patch embedding's five dimensions.
-Source: ggml, docs/gguf.md; ComfyUI-GGUF, loader.py.
+Source: the GGUF specification in the ggml repository; ComfyUI-GGUF, loader.py.
 """
 
 from __future__ import annotations
