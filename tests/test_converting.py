@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import wan_runtime
 from tests.builders import files, wan
 from tests.builders.codes import E2M1, E4M3, E8M0, Floats, tile_order
+from tests.builders.writers import WRITERS
 from wan_runtime.converting import targets
 from wan_runtime.errors import BadTensor, CheckpointError, InvalidOption, NothingToPatch, UnknownName
 
@@ -314,11 +315,11 @@ def test_a_plain_cast_gets_scales(tmp_path: Path, state: Tensors, held: str) -> 
         assert error == 0 if held == "fp8" else error < 0.03
 
 
-@pytest.mark.parametrize(("dialect", "held"), [(d, f) for d, (_, fs) in files.WRITERS.items() for f in fs])
+@pytest.mark.parametrize(("dialect", "held"), [(d, f) for d, (_, fs) in WRITERS.items() for f in fs])
 def test_to_bf16_is_the_dequantised_weight_rounded_once(
     tmp_path: Path, state: Tensors, dialect: str, held: str
 ) -> None:
-    content = files.WRITERS[dialect][0](state, LAYERS, held)
+    content = WRITERS[dialect][0](state, LAYERS, held)
     wan_runtime.convert(content.write(tmp_path / "in"), tmp_path / "new.safetensors", "bf16")
     new = load_file(tmp_path / "new.safetensors")
     assert new.keys() == state.keys()
