@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 
 import wan_runtime
 from tests.builders import files, seed, wan
+from tests.reading import QUANTISED, content
+from wan_runtime.anatomy import anatomy_of
 from wan_runtime.cli import app
 from wan_runtime.errors import CheckpointError, InvalidOption
 
@@ -186,3 +189,17 @@ def test_text_and_json_hold_the_same(working: Path, broken: Path) -> None:
     assert any(
         line.strip().startswith("wan-runtime convert") and "--to" in line for line in text.splitlines()
     )
+
+
+@pytest.mark.parametrize(("dialect", "weight_format"), QUANTISED)
+def test_every_reading_is_a_formula_of_the_file_s_own_keys(
+    tmp_path: Path, dialect: str, weight_format: str
+) -> None:
+    wanted = content(dialect, weight_format)
+    [reading] = anatomy_of(wanted.write(tmp_path)).readings
+    assert reading.format == weight_format and reading.formula.startswith("W = ")
+    leaves = {key.rpartition(".")[2] for key in wanted.tensors}
+    words = {
+        word for word in re.findall(r"[a-z_0-9]+", reading.formula) if "weight" in word or "scale" in word
+    }
+    assert words <= leaves

@@ -22,6 +22,7 @@ from wan_runtime.names import naming_of, to_original
 
 INPUT_SCALES = ("input_scale", "scale_input", "input_global_scale")
 ORDER = {"weight": "", "bias": "~"}  # the weight comes first, the bias last, scales between them by name
+CODES = {"nvfp4": "e2m1", "mxfp4": "e2m1", "mxfp6": "e3m2", "int4": "int4"}  # and the others fp32: a cast
 NOT_SCALES = ("weight", "bias", "comfy_quant", *INPUT_SCALES)
 
 
@@ -152,12 +153,17 @@ def _formula(checkpoint: Checkpoint, held: str | None, layout: Mapping[str, str]
         return "W = weight"
     layer = next(layer for layer in checkpoint.layers.values() if layer.format == held)
     keys = {source.slot: source.key.rpartition(".")[2] for source in layer.sources}
-    if held == "nvfp4":
-        codes = f"e2m1(weight, {layout['nibble']} nibble)"
-        return f"W = {codes} * fp32({keys['block_scale']}, {layout['block scales']}) * {keys['scale']}"
-    if keys["scale"] == "weight":
-        return "W = fp32(weight)"
-    return f"W = fp32(weight) * {keys['scale']}"
+    nibble = f", {layout['nibble']} nibble" if "nibble" in layout else ""
+    formula = f"W = {CODES.get(held, 'fp32')}({keys['payload']}{nibble})"
+    if "block_scale" in keys:
+        kind = "e8m0" if held.startswith("mx") else "fp32"
+        formula += f" * {kind}({keys['block_scale']}, {layout.get('block scales', 'plain')})"
+    if "alpha" in keys:  # LightX2V's product of two is the scale
+        return f"{formula} * {keys['alpha']} * {keys['input_global_scale']}"
+    scale = keys.get("scale", keys.get("weight_global_scale", keys["payload"]))
+    if scale == "weight_global_scale":
+        return f"{formula} / {scale}"
+    return formula if scale == keys["payload"] else f"{formula} * {scale}"
 
 
 def _markers(header: Header, leaves: Mapping[str, int]) -> tuple[str, ...]:

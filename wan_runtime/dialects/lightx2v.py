@@ -49,9 +49,9 @@ def detect(header: Header) -> Evidence | None:
         return None
     given = [name for name in GLOBAL_SCALES if name in names]
     weights = {k: e for k, e in header.entries.items() if _keys.is_linear_weight(k, e)}
-    if given and any(entry.dtype == "U8" for entry in weights.values()):
-        return Evidence(True, f"packed weights with .weight_scale and .{', .'.join(given)}")
     scales = {k: header.entries[f"{k}_scale"] for k in weights if f"{k}_scale" in header.entries}
+    if given and any(weights[k].dtype == "U8" and scales[k].dtype == "F8_E4M3" for k in scales):
+        return Evidence(True, f"packed weights with .weight_scale and .{', .'.join(given)}")
     if any(weights[k].dtype == "U8" and scales[k].dtype == "F8_E8M0" for k in scales):
         return Evidence(True, "U8 weights with E8M0 block scales")
     if any(weights[k].dtype == "I8" and scales[k].dtype in _keys.FLOAT for k in scales):
