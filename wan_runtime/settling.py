@@ -44,12 +44,12 @@ def settle(
     """
     errors: dict[str, float] = {}
     found: dict[str, str] = {}
-    first: Candidate | None = None
+    first: tuple[str, Candidate] | None = None
     for name in names:
         try:
             candidate = read_as(name)
             errors[name] = distance(candidate, reference)
-            found[name], first = f"{errors[name]:.3f}", first or candidate
+            found[name], first = f"{errors[name]:.3f}", first or (name, candidate)
         except CheckpointError as error:
             found[name] = str(error)
     listed = ", ".join(f"{name} {outcome}" for name, outcome in found.items())
@@ -116,14 +116,15 @@ ARRANGEMENTS: Mapping[str, Callable[[Slots], Slots]] = {
 }
 
 
-def _unread(candidate: Candidate | None, reference: Reference) -> str:
+def _unread(read: tuple[str, Candidate] | None, reference: Reference) -> str:
     """Words for an arrangement that would be close although no dialect reads it."""
-    if candidate is None:
+    if read is None:
         return ""
+    name, candidate = read
     shared = _shared(candidate, reference)
     errors = {words: _median(candidate, reference, shared, change) for words, change in ARRANGEMENTS.items()}
     best = min(errors, key=lambda words: errors[words])
-    return f", with {best} it would be {errors[best]:.3f}" if errors[best] <= FARTHEST else ""
+    return f"; read as {name} with {best} it would be {errors[best]:.3f}" if errors[best] <= FARTHEST else ""
 
 
 def distance(candidate: Candidate, reference: Reference) -> float:

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of the header's parser, by `make fuzz`: `python -m tests.fuzz.parser FOLDER [libFuzzer options]`.
+"""Coverage-guided fuzzing of the parser, by `make fuzz`: `python -m tests.fuzz.parser FOLDER [libFuzzer options]`.
 
 Starts from the headers of small valid files, without their data, and mutates the bytes; atheris (libFuzzer) keeps what
 reaches new code. Any exception but ours, and any file that makes the reader spend more memory than allowed, stops it.
