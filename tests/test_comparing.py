@@ -153,7 +153,7 @@ def test_a_lost_marker_and_a_plain_cast_are_named(tmp_path: Path, state: Tensors
 def test_a_file_of_no_known_dialect_is_still_compared(tmp_path: Path, state: Tensors, working: Path) -> None:
     content = seed.broken_nvfp4(state, LAYERS)
     for module in LAYERS:
-        content.tensors[f"{module}.weight_global_scale"] = content.tensors.pop(f"{module}.weight_scale_2")
+        content.tensors[f"{module}.tensor_scale"] = content.tensors.pop(f"{module}.weight_scale_2")
     comparison = wan_runtime.compare(working, content.write(tmp_path / "unknown"))
     assert ("Written by", "comfy_scaled_fp8", "unknown") in {row[:3] for row in comparison.rows}
     assert any("cannot be read with certainty" in cause for cause in comparison.causes)
