@@ -38,25 +38,34 @@ def because(header: Header) -> str:
         f"the header's {HEADER_KEY} says Model Optimizer after its ComfyUI post-process (even element low)"
     )
     shown = shown_layout(header)
-    return f"{words}, and the shape of a layer's scales shows {shown}" if shown else f"{words}."
+    return (
+        f"{words}, and a layer's scales show by their shape that they are {shown}" if shown else f"{words}."
+    )
 
 
 def shown_layout(header: Header) -> str | None:
-    """Either "plain" or "swizzled", where the shape of one layer's block scales shows it."""
-    for weight, scales in _packed(header):
-        rows, cols = weight.shape[0], weight.shape[1] // 8
+    """Either "plain" or "swizzled", where the shape or the padding of one layer's block scales shows it."""
+    for key, scales in _packed(header):
+        rows, cols = header.entries[key].shape[0], header.entries[key].shape[1] // 8
         if rows % 128 and scales.shape[0] in (rows, -(-rows // 128) * 128):
             return "plain" if scales.shape[0] == rows else "swizzled"
         if cols % 4 and scales.shape[1] == cols:
             return "plain"
+        if scales.shape == (rows, -(-cols // WIDENED) * WIDENED) and scales.shape[1] > cols:
+            stored = header.read_tensor(f"{key}_scale").view(torch.uint8)
+            if not bool(stored[:, cols:].any()):
+                return "plain"
+            if not bool(_swizzle.unswizzle(stored, *stored.shape)[:, cols:].any()):
+                return "swizzled"
     return None
 
 
-def _packed(header: Header) -> Iterator[tuple[Entry, Entry]]:
+def _packed(header: Header) -> Iterator[tuple[str, Entry]]:
+    """The key of each packed weight, and its block scales."""
     for key, entry in header.entries.items():
         scales = header.entries.get(f"{key}_scale")
         if scales is not None and entry.dtype == "U8" and len(entry.shape) == len(scales.shape) == 2:
-            yield entry, scales
+            yield key, scales
 
 
 def detect(header: Header) -> Evidence | None:
