@@ -69,14 +69,26 @@ def store_plain(at, a, b, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr)
 
 
 @triton.jit
+def row_sum(a, b, A: tl.constexpr, B: tl.constexpr):
+    """The sum of a row's two parts, the threads' own shares first: one reduction over the program instead of two."""
+    return tl.sum(tl.sum(tl.reshape(a, (B, A // B)), 1) + b, 0)
+
+
+@triton.jit
+def row_amax(a, b, A: tl.constexpr, B: tl.constexpr):
+    """The largest magnitude of a row's two parts."""
+    return tl.max(tl.maximum(tl.max(tl.reshape(tl.abs(a), (B, A // B)), 1), tl.abs(b)), 0)
+
+
+@triton.jit
 def normalise(a, b, eps, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     """LayerNorm without weights of one row in fp32; 0 past the end."""
-    mean = (tl.sum(a, 0) + tl.sum(b, 0)) / WIDTH
+    mean = row_sum(a, b, A, B) / WIDTH
     a = a - mean
     b = b - mean
     if A + B != WIDTH:
         b = tl.where(A + tl.arange(0, B) < WIDTH, b, 0.0)
-    scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / WIDTH + eps)
+    scale = tl.rsqrt(row_sum(a * a, b * b, A, B) / WIDTH + eps)
     return a * scale, b * scale
 
 
@@ -87,7 +99,7 @@ def store_row(
 ):  # fmt: skip
     """Write one row of fp32 values, 0 past the end, as codes and their scale or as they are."""
     if CODES:
-        amax = tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0))
+        amax = row_amax(a, b, A, B)
         scale = tl.where(amax > 0, tl.maximum(amax / E4M3_MAX, LEAST), 1.0)
         tl.store(scales + row, scale)
         a = a * (1.0 / scale)

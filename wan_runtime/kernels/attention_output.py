@@ -51,7 +51,7 @@ def _attention_output(
 
 
 def attention_output(
-    x: torch.Tensor, bias: torch.Tensor | None, other: torch.Tensor | None, codes: bool, rows: int = 8,
+    x: torch.Tensor, bias: torch.Tensor | None, other: torch.Tensor | None, codes: bool, rows: int = 16,
     warps: int = 8,
 ) -> Rows:  # fmt: skip
     """x + other + bias of x [tokens, width], quantised a row; see above. `rows` and `warps` shape the launch."""

@@ -22,8 +22,10 @@ def gelu_quantize_torch(x: torch.Tensor, bias: torch.Tensor | None, codes: bool)
 
 @triton.jit
 def _gelu(x):
-    """x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3): one exponential, to the base 2, and no tanh."""
-    return x / (1.0 + tl.exp2(x * (-2.302208198 - 0.1029432397 * x * x)))
+    """x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3): no tanh, and no division, which takes five instructions
+    where a reciprocal square root takes one."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * (-2.302208198 - 0.1029432397 * x * x)))
+    return x * root * root
 
 
 @triton.jit
@@ -47,7 +49,7 @@ def _gelu_quantize(
 
 
 def gelu_quantize(
-    x: torch.Tensor, bias: torch.Tensor | None, codes: bool, rows: int = 8, warps: int = 16
+    x: torch.Tensor, bias: torch.Tensor | None, codes: bool, rows: int = 16, warps: int = 16
 ) -> Rows:
     """gelu(x + bias) of x [tokens, width], quantised a row; see above. `rows` and `warps` shape the launch."""
     tokens, width = x.shape

@@ -84,11 +84,11 @@ def _norm_modulate(
 
 
 def norm_modulate(
-    x: torch.Tensor, modulation: Modulation, codes: bool, rows: int = 8, warps: int = 8
+    x: torch.Tensor, modulation: Modulation, codes: bool, rows: int = 16, warps: int = 16
 ) -> Rows:
     """LayerNorm, modulate and quantise each row of x [tokens, width]; see the module's docstring.
 
-    `rows` and `warps` shape the launch; the defaults measured best on an H200 (docs/log.md).
+    `rows` and `warps` shape the launch.
     """
     tokens, width = x.shape
     result = empty_rows(x, codes, x.dtype)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from wan_runtime.kernels._rows import E4M3_MAX, LEAST, launch, load_row, store_plain
+from wan_runtime.kernels._rows import E4M3_MAX, LEAST, launch, load_row, row_sum, store_plain
 
 
 def bounded(weight: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +76,7 @@ def _norm_rope(
         if HAS_BIAS:
             a += bias_a
             b += bias_b
-        scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / WIDTH + eps)
+        scale = tl.rsqrt(row_sum(a * a, b * b, A, B) / WIDTH + eps)
         a = a * scale * weight_a
         b = b * scale * weight_b
         if ROTATE:
@@ -88,7 +88,7 @@ def _norm_rope(
 
 def norm_rope(
     x: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor, eps: float, table: torch.Tensor | None,
-    out: torch.Tensor | None = None, rows: int = 8, warps: int = 8,
+    out: torch.Tensor | None = None, rows: int = 16, warps: int = 16,
 ) -> torch.Tensor:  # fmt: skip
     """Add the bias, normalise and rotate x [tokens, width], in place or into `out`, and return that; see above.
 

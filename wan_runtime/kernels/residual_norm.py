@@ -103,7 +103,7 @@ def _residual_norm(
 def residual_norm(
     y: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor | None, residual: torch.Tensor,
     index: torch.Tensor | None, modulation: Modulation | None, codes: bool, *, into: torch.Tensor | None = None,
-    rows: int = 8, warps: int = 16,
+    rows: int = 16, warps: int = 16,
 ) -> tuple[torch.Tensor, Rows | None]:  # fmt: skip
     """residual + gate * (y + bias), and what the next norm makes of it; see the module's docstring.
 
