@@ -37,6 +37,10 @@ MIGRATIONS = (
     );
     CREATE INDEX jobs_by_status ON jobs (status, seq);
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN owner TEXT;  -- the id of the API key that asked; null where no keys were in use
+    CREATE INDEX jobs_by_owner ON jobs (owner, seq);
+    """,
 )
 MAX_ATTEMPTS = 2  # a job that was running when the server stopped runs once more, then fails
 
@@ -58,6 +62,7 @@ class Job:
     completed_at: float | None
     error_code: str | None
     error_message: str | None
+    owner: str | None = None
 
     @property
     def progress(self) -> int:
@@ -106,27 +111,42 @@ class JobStore:
         rows = self._rows(sql, *values)
         return rows[0] if rows else None
 
-    def add(self, job_id: str, model: str, request: Mapping[str, Any]) -> Job:
-        """Puts a job at the end of the queue."""
+    def add(self, job_id: str, model: str, request: Mapping[str, Any], *, owner: str | None = None) -> Job:
+        """Puts a job at the end of the queue. `owner` is the id of the API key that asked, if one did."""
         [job] = self._rows(
-            "INSERT INTO jobs (id, status, model, request, created_at) VALUES (?, 'queued', ?, ?, ?) RETURNING *",
+            "INSERT INTO jobs (id, status, model, request, created_at, owner) "
+            "VALUES (?, 'queued', ?, ?, ?, ?) RETURNING *",
             job_id,
             model,
             json.dumps(request),
             time.time(),
+            owner,
         )
         return job
+
+    def active(self, owner: str) -> int:
+        """How many of an owner's jobs are queued or running."""
+        with self._lock:
+            sql = "SELECT count(*) FROM jobs WHERE owner = ? AND status IN ('queued', 'in_progress')"
+            return int(self._db.execute(sql, (owner,)).fetchone()[0])
 
     def get(self, job_id: str) -> Job | None:
         """The job, or None."""
         return self._one("SELECT * FROM jobs WHERE id = ?", job_id)
 
-    def page(self, *, after: Job | None, limit: int, newest_first: bool) -> list[Job]:
-        """Up to `limit` jobs behind the cursor `after`, in order of arrival."""
+    def page(
+        self, *, after: Job | None, limit: int, newest_first: bool, owner: str | None = None
+    ) -> list[Job]:
+        """Up to `limit` jobs behind the cursor `after`, in order of arrival; those of `owner` if one is given."""
         order, past = ("DESC", "<") if newest_first else ("ASC", ">")
-        where = f"WHERE seq {past} ?" if after else ""
-        values = (after.seq, limit) if after else (limit,)
-        return self._rows(f"SELECT * FROM jobs {where} ORDER BY seq {order} LIMIT ?", *values)
+        conditions: dict[str, object] = {}
+        if after:
+            conditions[f"seq {past} ?"] = after.seq
+        if owner is not None:
+            conditions["owner = ?"] = owner
+        where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+        sql = f"SELECT * FROM jobs {where} ORDER BY seq {order} LIMIT ?"
+        return self._rows(sql, *conditions.values(), limit)
 
     def completed_ids(self) -> list[str]:
         """The jobs that own a file."""

@@ -157,3 +157,32 @@ def test_each_migration_is_made_once_and_a_newer_schema_is_refused(store: JobSto
     db.close()
     with pytest.raises(ValueError, match="newer"):
         JobStore(path)
+
+
+def test_an_owner_sees_and_counts_only_its_own(store: JobStore) -> None:
+    for name, owner in (("a", "k1"), ("b", "k2"), ("c", "k1"), ("d", None)):
+        assert store.add(name, "wan-tiny", REQUEST, owner=owner).owner == owner
+    everything = store.page(after=None, limit=9, newest_first=False)
+    assert [job.id for job in everything] == ["a", "b", "c", "d"]
+    mine = store.page(after=None, limit=9, newest_first=True, owner="k1")
+    assert [job.id for job in mine] == ["c", "a"]
+    assert [job.id for job in store.page(after=mine[0], limit=9, newest_first=True, owner="k1")] == ["a"]
+    assert claimed(store).id == "a"
+    assert (store.active("k1"), store.active("k2"), store.active("k3")) == (2, 1, 0)
+    store.complete("a")
+    assert store.active("k1") == 1
+
+
+def test_a_database_from_before_owners_is_brought_up_to_date(path: Path) -> None:
+    db = sqlite3.connect(path)
+    db.executescript(MIGRATIONS[0] + "PRAGMA user_version = 1;")
+    db.execute(
+        "INSERT INTO jobs (id, status, model, request, created_at) VALUES ('a', 'queued', 'm', '{}', 1)"
+    )
+    db.commit()
+    db.close()
+    store = JobStore(path)
+    try:
+        assert get(store, "a").owner is None
+    finally:
+        store.close()
