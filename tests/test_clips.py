@@ -12,8 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import wan_runtime
+from tests.builders.writers import WRITERS
+from tests.faults.trained import trained
+from wan_runtime.checkpoint import open_checkpoint
+from wan_runtime.dialects import DIALECTS
 from wan_runtime.errors import CheckpointError
 from wan_runtime.generating import Pipeline, generate
 from wan_runtime.pipelines import load_pipeline
@@ -89,6 +94,23 @@ def test_a_right_reading_draws_what_was_asked(name: str, drawn: Drawing) -> None
 @pytest.mark.parametrize("name", MISREAD)
 def test_a_misreading_does_not(name: str, drawn: Drawing) -> None:
     assert () not in wrong(drawn(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", WRITERS)
+def test_every_dialect_draws_what_was_asked(dialect: str, pipe: Pipeline, tmp_path: Path) -> None:
+    """From a file that our own writer makes where there is one, else from the tests' independent one."""
+    file = tmp_path / "model.safetensors"
+    target = next((t for t in DIALECTS[dialect].targets if t != "bf16"), None)
+    if target is not None:
+        wan_runtime.convert(variants.SOURCE, file, to=target)
+    else:
+        blocks = {key.split(".")[1] for key in load_file(variants.SOURCE) if key.startswith("blocks.")}
+        trained(dialect, WRITERS[dialect][1][0], layers=len(blocks)).write(tmp_path)
+    assert open_checkpoint(file).dialect.name == dialect
+    pipe.transformer = loaded(file)
+    [clip] = drawing.draw(pipe, ASKS[:1], STEPS)
+    assert checker.wrong(clip, ASKS[0].prompt) == ()
 
 
 @pytest.mark.parametrize("name", ["nvfp4-nibbles-swapped", "nvfp4-scales-mislaid"])
