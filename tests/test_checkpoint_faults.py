@@ -129,8 +129,8 @@ def test_an_integer_weight_under_an_fp8_marker_is_what_its_dtype_says(tmp_path: 
     wanted = content("comfy_scaled_fp8", "fp8")
     codes = np.random.default_rng(0).integers(-128, 128, (128, 128), dtype=np.int8)
     wanted.tensors[f"{FIRST}.weight"] = torch.from_numpy(codes)
-    wanted.tensors[f"{FIRST}.scale_weight"] = torch.full((1,), 0.25)
-    wanted.weights[FIRST] = codes * 0.25
+    wanted.tensors[f"{FIRST}.scale_weight"] = torch.full((1,), 0.0025)
+    wanted.weights[FIRST] = codes * np.float32(0.0025)
     checkpoint = open_checkpoint(wanted.write(tmp_path))
     assert checkpoint.layers[FIRST].format == "int8"
     assert_reads(checkpoint, wanted)
@@ -138,7 +138,7 @@ def test_an_integer_weight_under_an_fp8_marker_is_what_its_dtype_says(tmp_path: 
 
 def test_block_scales_that_count_as_many_as_the_channels_are_no_row_scales(tmp_path: Path) -> None:
     """64 x 64 blocks of [128, 4096] are 2 x 64 = 128 scales, as many as one an output channel would be."""
-    scales = np.random.default_rng(0).uniform(0.1, 1, (2, 64)).astype(np.float32)
+    scales = np.random.default_rng(0).uniform(1e-4, 1e-3, (2, 64)).astype(np.float32)
     for dialect, leaf in (("comfy", "weight_scale"), ("comfy_scaled_fp8", "scale_weight")):
         writer = files.WRITERS[dialect][0]
         wanted = writer(state(Sizes(text=4096)), ["text_embedding.0", *block_linears()], "fp8")

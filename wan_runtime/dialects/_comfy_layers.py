@@ -35,7 +35,9 @@ def layer(header: Header, path: str, record: Record) -> Layer:
     scheme = SCHEMES.get(name)
     if scheme is None:
         raise BadTensor(
-            header.path, key, f"its record says format {name!r}; this dialect reads {', '.join(SCHEMES)}."
+            header.path,
+            key,
+            f"its record says format {record.get('format')!r}; this dialect reads {', '.join(SCHEMES)}.",
         )
     _refuse_unknown(header, key, record, scheme)
     entry = header.entries[key]
