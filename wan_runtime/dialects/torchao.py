@@ -246,7 +246,7 @@ def _six_bits(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
 def _demand(header: Header, scale: str, record: Record, name: str, value: int) -> None:
     if record.get("_data", {}).get(name) != value:
         raise BadTensor(
-            header.path, scale, f"its record says {name} {record['_data'].get(name)!r}, not {value}."
+            header.path, scale, f"its record says {name} {record.get('_data', {}).get(name)!r}, not {value}."
         )
 
 
