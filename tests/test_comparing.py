@@ -17,6 +17,7 @@ from tests.builders import files, seed, wan
 from tests.reading import QUANTISED, content
 from wan_runtime.anatomy import anatomy_of
 from wan_runtime.cli import app
+from wan_runtime.converting import targets
 from wan_runtime.errors import CheckpointError, InvalidOption
 
 Tensors = dict[str, torch.Tensor]
@@ -203,3 +204,55 @@ def test_every_reading_is_a_formula_of_the_file_s_own_keys(
         word for word in re.findall(r"[a-z_0-9]+", reading.formula) if "weight" in word or "scale" in word
     }
     assert words <= leaves
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fp32 file that `content` quantises."""
+    return content("plain", "none").write(tmp_path_factory.mktemp("original"))
+
+
+@pytest.mark.parametrize(("dialect", "weight_format"), QUANTISED)
+def test_every_dialect_is_compared_layer_by_layer(
+    original: Path, tmp_path: Path, dialect: str, weight_format: str
+) -> None:
+    wanted = content(dialect, weight_format)
+    comparison = wan_runtime.compare(original, wanted.write(tmp_path), errors=True)
+    assert comparison.b.layers.keys() == comparison.a.layers.keys() == set(LAYERS)
+    assert comparison.b.quantised == len(LAYERS)
+    for module, parts in comparison.b.layers.items():
+        stored = {key.removeprefix(f"{module}.") for key in wanted.tensors if key.startswith(f"{module}.")}
+        assert set(parts.entries) == stored and {parts.payload, *parts.scales} <= stored
+        sizes = {leaf: entry.nbytes for leaf, entry in parts.entries.items()}
+        assert sizes[parts.payload] == max(sizes.values())
+    [errors] = comparison.errors.values()
+    truth = content("plain", "none").tensors
+    for module in LAYERS:
+        weight = truth[f"{module}.weight"].double().numpy()
+        exact = np.linalg.norm(wanted.weights[module] - weight) / np.linalg.norm(weight)
+        assert errors[module] == pytest.approx(exact, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(("dialect", "weight_format"), QUANTISED)
+def test_every_cause_has_a_remedy_and_what_is_named_in_it_exists(
+    tmp_path: Path, working: Path, dialect: str, weight_format: str
+) -> None:
+    other = content(dialect, weight_format).write(tmp_path / "other")
+    for comparison in (wan_runtime.compare(working, other), wan_runtime.compare(other, working)):
+        for finding in comparison.findings:
+            assert finding.cause and finding.remedy
+            assert finding.remedy in re.sub(r"\s+", " ", str(comparison))
+            named = re.findall(r"--to ([a-z0-9-]+)", finding.remedy)
+            assert set(named) <= set(targets())
+
+
+def test_a_weight_under_another_name_is_a_cause(tmp_path: Path, working: Path) -> None:
+    other = content("turbodiffusion", "int8_block").write(tmp_path / "other")
+    comparison = wan_runtime.compare(working, other)
+    assert (".weight", ".int8_weight") in {row[1:3] for row in comparison.rows}
+    [finding] = [f for f in comparison.findings if f"look for {LAYER}.weight and not" in f.cause]
+    assert "--to comfy-fp8-scaled" in finding.remedy
+    # What A's host reads is not written: the advice says so instead of naming a target that it does not read.
+    back = wan_runtime.compare(other, working)
+    assert any("Files of turbodiffusion are read and not written" in f.remedy for f in back.findings)
+    assert any("--to bf16" in remedy for remedy in back.remedies)

@@ -1,7 +1,9 @@
 """What a checkpoint is made of, in facts that `compare` can put side by side; readable even where its dialect is not.
 
 Everything comes from the header: block Linears with the tensors beside each, and the dtypes of biases, norms and
-modulation. How the weights are to be dequantised is listed once for every dialect that fits.
+modulation. Which of a layer's tensors hold its weight and which scale it is what the file's reading says, whatever they
+are called; by name it goes only where no dialect reads the file. How the weights are to be dequantised is listed once
+for every dialect that fits.
 """
 
 from __future__ import annotations
@@ -17,13 +19,42 @@ from wan_runtime.checkpoint import Checkpoint, open_checkpoint
 from wan_runtime.containers import read_header
 from wan_runtime.dialects import DIALECTS
 from wan_runtime.errors import AmbiguousDialect, CheckpointError
+from wan_runtime.formulas import formula
 from wan_runtime.header import Entry, Header
 from wan_runtime.names import naming_of, to_original
 
 INPUT_SCALES = ("input_scale", "scale_input", "input_global_scale")
-ORDER = {"weight": "", "bias": "~"}  # the weight comes first, the bias last, scales between them by name
-CODES = {"nvfp4": "e2m1", "mxfp4": "e2m1", "mxfp6": "e3m2", "int4": "int4"}  # and the others fp32: a cast
-NOT_SCALES = ("weight", "bias", "comfy_quant", *INPUT_SCALES)
+NOT_SCALES = ("bias", "comfy_quant", *INPUT_SCALES)
+NOT_OF_WEIGHT = ("payload", "input_scale", "spare")  # slots of a reading that do not scale the weight
+CODED = ("F8_E4M3", "F8_E5M2", "U8", "I8", "I32")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One block Linear's tensors, as the file spells what follows the module's path.
+
+    payload  the leaf of its weight or of the codes.
+    scales   the leaves of what else the weight is computed from.
+    shape    (out, in) features where a dialect reads the file, else None.
+    entries  leaf -> header entry: the payload first, the bias last.
+    """
+
+    payload: str
+    scales: tuple[str, ...]
+    shape: tuple[int, ...] | None
+    entries: Mapping[str, Entry]
+
+    @property
+    def weight(self) -> Entry:
+        """What the file holds in the weight's place."""
+        return self.entries[self.payload]
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weight is held as codes that are not one number a byte."""
+        if self.shape is None:
+            return self.weight.dtype in ("U8", "I32")
+        return self.weight.shape != self.shape
 
 
 @dataclass(frozen=True)
@@ -43,7 +74,7 @@ class Anatomy:
 
     readings  one, or several where nothing in the file says which is right, or none where no dialect is known for it.
     evidence  why that reading, or why none could be chosen.
-    layers    block Linear -> leaf ("weight", "bias", "weight_scale", ...) -> header entry.
+    layers    block Linear -> its tensors.
     """
 
     path: str
@@ -60,7 +91,7 @@ class Anatomy:
     biases: Mapping[str, int]
     norms: Mapping[str, int]
     modulation: Mapping[str, int]
-    layers: Mapping[str, Mapping[str, Entry]]
+    layers: Mapping[str, Parts]
 
     @property
     def decided(self) -> Reading | None:
@@ -69,20 +100,16 @@ class Anatomy:
 
     @property
     def quantised(self) -> int:
-        """How many block Linears are stored in one byte or less a weight."""
-        return sum(
-            parts["weight"].dtype in ("F8_E4M3", "F8_E5M2", "U8", "I8") for parts in self.layers.values()
-        )
-
-    def scale_names(self, layer: str) -> tuple[str, ...]:
-        """The leaves beside a layer's weight that scale it."""
-        return tuple(leaf for leaf in self.layers[layer] if leaf not in NOT_SCALES)
+        """How many block Linears are stored as codes."""
+        return sum(parts.weight.dtype in CODED for parts in self.layers.values())
 
     def to_dict(self, layer: str) -> dict[str, object]:
         """Everything but the layers, of which only the representative one is given."""
         fields = dataclasses.asdict(dataclasses.replace(self, layers={}))
         del fields["layers"]
-        shown = {leaf: {"dtype": e.dtype, "shape": list(e.shape)} for leaf, e in self.layers[layer].items()}
+        shown = {
+            leaf: {"dtype": e.dtype, "shape": list(e.shape)} for leaf, e in self.layers[layer].entries.items()
+        }
         return {**fields, "layer": shown}
 
 
@@ -90,42 +117,75 @@ def anatomy_of(path: Path | str) -> Anatomy:
     """Take a file apart. Raises CheckpointError when it is no safetensors file of a WAN transformer."""
     header = read_header(path)
     spelling, prefix = naming_of(header.path, header.entries)
-    entries = {
-        to_original(spelling, key.removeprefix(prefix)): entry for key, entry in header.entries.items()
-    }
-    layers = _layers(entries)
+    paths = {key: to_original(spelling, key.removeprefix(prefix)) for key in header.entries}
     opened, evidence = _openings(header)
-    leaves = Counter(leaf for parts in layers.values() for leaf in parts)
+    layers = _layers(header, paths, opened[0] if opened else None)
+    leaves = Counter(leaf for parts in layers.values() for leaf in parts.entries)
     return Anatomy(
         path=str(header.path),
         bytes=header.nbytes,
-        tensors=len(entries),
+        tensors=len(header.entries),
         names=spelling.name,
         prefix=prefix,
         variant=opened[0].variant.name if opened else None,
         readings=tuple(_reading(checkpoint) for checkpoint in opened),
         evidence=evidence,
         markers=_markers(header, leaves),
-        scales={leaf: count for leaf, count in leaves.items() if leaf not in NOT_SCALES},
-        input_scales=sum(leaves[leaf] for leaf in INPUT_SCALES),
-        biases=_dtypes(entries, lambda path: path.endswith(".bias") and ".norm" not in path),
-        norms=_dtypes(entries, lambda path: ".norm" in path),
-        modulation=_dtypes(entries, lambda path: path.endswith("modulation")),
+        scales=dict(Counter(leaf for parts in layers.values() for leaf in parts.scales)),
+        input_scales=_input_scales(layers, opened[0] if opened else None),
+        biases=_dtypes(header, paths, lambda path: path.endswith(".bias") and ".norm" not in path),
+        norms=_dtypes(header, paths, lambda path: ".norm" in path),
+        modulation=_dtypes(header, paths, lambda path: path.endswith("modulation")),
         layers=layers,
     )
 
 
-def _layers(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
-    layers: dict[str, dict[str, Entry]] = {}
-    for path, entry in entries.items():
-        module, _, leaf = path.rpartition(".")
-        if rules.swaps(module):
-            layers.setdefault(module, {})[leaf] = entry
-    return {
-        module: dict(sorted(parts.items(), key=lambda item: ORDER.get(item[0], item[0])))
-        for module, parts in layers.items()
-        if "weight" in parts
-    }
+def _layers(header: Header, paths: Mapping[str, str], checkpoint: Checkpoint | None) -> dict[str, Parts]:
+    """Every block Linear whose weight is there. `paths`: key -> its path in the original spelling."""
+    found: dict[str, dict[str, str]] = {}  # module -> leaf -> key
+    for key, path in paths.items():
+        module = _block_linear(path)
+        if module is not None:
+            found.setdefault(module, {})[path.removeprefix(f"{module}.")] = key
+    layers = {}
+    for module, keys in found.items():
+        if keys.keys() == {"bias"}:
+            continue
+        entries = {leaf: header.entries[key] for leaf, key in keys.items()}
+        payload, scales = _roles(module, keys, entries, checkpoint)
+        order = sorted(entries, key=lambda leaf: (leaf != payload, leaf == "bias", leaf))
+        shape = None if checkpoint is None else checkpoint.shape_of(f"{module}.weight")
+        layers[module] = Parts(payload, scales, shape, {leaf: entries[leaf] for leaf in order})
+    return layers
+
+
+def _block_linear(path: str) -> str | None:
+    """The block Linear that a tensor belongs to, however many components its own name has."""
+    parts = path.split(".")
+    modules = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
+    return next((module for module in modules if rules.swaps(module)), None)
+
+
+def _roles(
+    module: str, keys: Mapping[str, str], entries: Mapping[str, Entry], checkpoint: Checkpoint | None
+) -> tuple[str, tuple[str, ...]]:
+    """The leaves of the weight and of its scales: as the file is read, or by name and size where nothing reads it."""
+    layer = checkpoint.layers.get(module) if checkpoint else None
+    if layer is not None:
+        leaves = {key: leaf for leaf, key in keys.items()}
+        payload = next(leaves[source.key] for source in layer.sources if source.slot == "payload")
+        used = [leaves[source.key] for source in layer.sources if source.slot not in NOT_OF_WEIGHT]
+        return payload, tuple(sorted({leaf for leaf in used if leaf not in (payload, "comfy_quant")}))
+    payload = "weight" if "weight" in entries else max(entries, key=lambda leaf: entries[leaf].nbytes)
+    return payload, tuple(sorted(leaf for leaf in entries if leaf != payload and leaf not in NOT_SCALES))
+
+
+def _input_scales(layers: Mapping[str, Parts], checkpoint: Checkpoint | None) -> int:
+    """How many block Linears have a static input scale."""
+    if checkpoint is None:
+        return sum(any(leaf in INPUT_SCALES for leaf in parts.entries) for parts in layers.values())
+    read = (checkpoint.layers[module] for module in layers if module in checkpoint.layers)
+    return sum(any(source.slot == "input_scale" for source in layer.sources) for layer in read)
 
 
 def _openings(header: Header) -> tuple[list[Checkpoint], str]:
@@ -152,18 +212,7 @@ def _formula(checkpoint: Checkpoint, held: str | None, layout: Mapping[str, str]
     if held is None:
         return "W = weight"
     layer = next(layer for layer in checkpoint.layers.values() if layer.format == held)
-    keys = {source.slot: source.key.rpartition(".")[2] for source in layer.sources}
-    nibble = f", {layout['nibble']} nibble" if "nibble" in layout else ""
-    formula = f"W = {CODES.get(held, 'fp32')}({keys['payload']}{nibble})"
-    if "block_scale" in keys:
-        kind = "e8m0" if held.startswith("mx") else "fp32"
-        formula += f" * {kind}({keys['block_scale']}, {layout.get('block scales', 'plain')})"
-    if "alpha" in keys:  # LightX2V's product of two is the scale
-        return f"{formula} * {keys['alpha']} * {keys['input_global_scale']}"
-    scale = keys.get("scale", keys.get("weight_global_scale", keys["payload"]))
-    if scale == "weight_global_scale":
-        return f"{formula} / {scale}"
-    return formula if scale == keys["payload"] else f"{formula} * {scale}"
+    return formula(layer, layout)
 
 
 def _markers(header: Header, leaves: Mapping[str, int]) -> tuple[str, ...]:
@@ -177,5 +226,5 @@ def _markers(header: Header, leaves: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _dtypes(entries: Mapping[str, Entry], wanted: Callable[[str], bool]) -> dict[str, int]:
-    return dict(Counter(entry.dtype for path, entry in entries.items() if wanted(path)))
+def _dtypes(header: Header, paths: Mapping[str, str], wanted: Callable[[str], bool]) -> dict[str, int]:
+    return dict(Counter(header.entries[key].dtype for key, path in paths.items() if wanted(path)))

@@ -6,7 +6,9 @@ are listed, as the question between them is often the very reason to compare.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +21,10 @@ from rich.text import Text
 
 from wan_runtime import rules
 from wan_runtime.anatomy import Anatomy, anatomy_of
+from wan_runtime.aspects import Row, aspects
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint, read_layer, read_plain
 from wan_runtime.corrections import effective_weight
-from wan_runtime.diagnosis import Row, aspects, causes, remedies
+from wan_runtime.diagnosis import Finding, findings, remedies
 from wan_runtime.errors import BadTensor, InvalidOption
 from wan_runtime.report import as_text
 
@@ -36,8 +39,8 @@ class Comparison:
 
     layer     the representative layer, in the original spelling.
     rows      (aspect, in a, in b, what the difference does; empty where they agree).
-    causes    what a host made for `a` would get wrong with `b`.
-    remedies  what to do, with the command to run.
+    findings  what a host made for `a` would get wrong with `b`, each with what to do about it.
+    remedies  what to do with `b` as a whole, with the command to run.
     errors    only when asked for: reading of b -> original module path -> relative L2 distance from a's weight.
     refusals  readings of b whose values are impossible -> what is wrong with them; only with errors.
     """
@@ -46,10 +49,15 @@ class Comparison:
     b: Anatomy
     layer: str
     rows: tuple[Row, ...]
-    causes: tuple[str, ...]
+    findings: tuple[Finding, ...]
     remedies: tuple[str, ...]
     errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     refusals: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def causes(self) -> tuple[str, ...]:
+        """What a host made for `a` would get wrong with `b`."""
+        return tuple(finding.cause for finding in self.findings)
 
     def to_dict(self) -> dict[str, object]:
         names = ("aspect", "a", "b", "impact")
@@ -59,6 +67,7 @@ class Comparison:
             "b": self.b.to_dict(self.layer),
             "aspects": [dict(zip(names, row, strict=True)) for row in self.rows],
             "causes": list(self.causes),
+            "findings": [dataclasses.asdict(finding) for finding in self.findings],
             "remedies": list(self.remedies),
             "errors": {reading: dict(errors) for reading, errors in self.errors.items()},
             "refusals": dict(self.refusals),
@@ -73,7 +82,8 @@ class Comparison:
         parts += [_error_table(reading, errors) for reading, errors in self.errors.items()]
         refused = [f"{reading}: {problem}" for reading, problem in self.refusals.items()]
         parts += [_numbered("Readings of B whose values are impossible", refused)] if refused else []
-        parts.append(_numbered("What a host made for A would get wrong with B", self.causes or ("Nothing.",)))
+        found = [f"{finding.cause}\nWhat to do: {finding.remedy}" for finding in self.findings]
+        parts.append(_numbered("What a host made for A would get wrong with B", found or ("Nothing.",)))
         parts.append(_numbered("What to do", self.remedies))
         return Group(*parts)
 
@@ -101,7 +111,7 @@ def compare(a: Path | str, b: Path | str, *, layer: str | None = None, errors: b
         b=second,
         layer=shown,
         rows=aspects(first, second, shown),
-        causes=causes(first, second, shown),
+        findings=findings(first, second, shown),
         remedies=remedies(first, second, _settled(found)),
         errors=found,
         refusals=refusals,
@@ -153,7 +163,8 @@ def _distances(a: Checkpoint, b: Checkpoint) -> dict[str, float]:
             raise InvalidOption(
                 f"{path} is {list(truth.shape)} in {a.path} and {list(weight.shape)} in {b.path}: different models."
             )
-        distances[path] = ((weight - truth).norm() / truth.norm()).item()
+        apart, size = (weight - truth).norm().item(), truth.norm().item()
+        distances[path] = apart / size if size else math.inf if apart else 0.0
     return distances
 
 
@@ -172,7 +183,7 @@ def _layer_table(comparison: Comparison) -> Table:
     sides = (comparison.a, comparison.b)
     for letter, side in zip("AB", sides, strict=True):
         table.add_column(f"{letter}: {Path(side.path).name}")
-    parts = [side.layers[comparison.layer] for side in sides]
+    parts = [side.layers[comparison.layer].entries for side in sides]
     for leaf in dict.fromkeys((*parts[0], *parts[1])):
         cells = [f"{own[leaf].dtype} {list(own[leaf].shape)}" if leaf in own else "-" for own in parts]
         table.add_row(f".{leaf}", *cells)
@@ -202,11 +213,16 @@ def _error_table(reading: str, errors: Mapping[str, float]) -> Table:
     return table
 
 
+def _beneath(line: str) -> Text:
+    command = line.startswith("wan-runtime ")
+    return Text(f"      {line}", no_wrap=command, overflow="ignore" if command else None)
+
+
 def _numbered(title: str, sentences: Sequence[str]) -> Group:
     """A list; what follows a sentence on a line of its own is a command, and is not broken."""
     lines = [Text(title, style="italic")]
     for number, sentence in enumerate(sentences, 1):
-        first, *commands = sentence.split("\n")
+        first, *more = sentence.split("\n")
         lines.append(Text(f" {number}. {first}"))
-        lines += [Text(f"      {command}", no_wrap=True, overflow="ignore") for command in commands]
+        lines += [_beneath(line) for line in more]
     return Group(*lines)
