@@ -113,7 +113,7 @@ def prepare(made: Any, config: str) -> str:
         if attention != "auto":
             from wan_runtime.patches._attention_processor import install
 
-            install(made, attention, next(made.parameters()).device.type)
+            install(made, attention, (next(made.parameters()).device.type, torch.bfloat16))
     if "compiled" in what:
         made.compile_repeated_blocks(fullgraph=False)
     return attention

@@ -9,6 +9,7 @@ if __name__ != "wan_runtime.patches":
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from wan_runtime.catalogue import Catalogue
@@ -21,13 +22,14 @@ class Blocks:
     """What a host's blocks can be given beside quantised Linears.
 
     head     model -> the size of an attention head.
-    attend   (model, a name of wan_runtime.attention, device type): every attention of the model becomes that one.
+    attend   (model, a name of wan_runtime.attention, the device type and dtype it was chosen for): every attention of
+             the model becomes that one.
     fuse     a patched model -> notes for its user: its blocks run on fused kernels from now on.
     restore  undoes attend and fuse.
     """
 
     head: Callable[[nn.Module], int]
-    attend: Callable[[nn.Module, str, str], None]
+    attend: Callable[[nn.Module, str, tuple[str, torch.dtype]], None]
     fuse: Callable[[nn.Module], list[str]]
     restore: Callable[[nn.Module], None]
 

@@ -19,14 +19,14 @@ class Processor:
     parallel over devices, projections that diffusers merged, and a backend chosen later by `set_attention_backend`.
 
     name         a member of wan_runtime.attention.
-    planned_for  the device type it was chosen for; on another one torch's SDPA serves.
+    planned_for  the device type and the dtype it was chosen for; a model that was moved since gets torch's SDPA.
     replaced     the processor that was there.
     """
 
     _attention_backend: Any = None  # diffusers writes both
     _parallel_config: Any = None
 
-    def __init__(self, name: str, planned_for: str, replaced: Any) -> None:
+    def __init__(self, name: str, planned_for: tuple[str, torch.dtype], replaced: Any) -> None:
         self.name, self.planned_for, self.replaced = name, planned_for, replaced
         chosen = ATTENTIONS[
             name
@@ -43,7 +43,9 @@ class Processor:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v [batch, tokens, heads, head] -> [batch, tokens, heads, head]."""
-        return (self._attend if q.device.type == self.planned_for else self._elsewhere)(q, k, v)
+        device, dtype = self.planned_for
+        planned = q.device.type == device and q.dtype in (dtype, torch.bfloat16)  # FP8 products are bf16
+        return (self._attend if planned else self._elsewhere)(q, k, v)
 
     def __call__(
         self,
@@ -92,8 +94,8 @@ def _rotated(x: torch.Tensor, rotary: Any) -> torch.Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
 
 
-def install(model: nn.Module, name: str, device_type: str) -> None:
-    """Give every WAN attention of a model this processor, on a device type.
+def install(model: nn.Module, name: str, planned_for: tuple[str, torch.dtype]) -> None:
+    """Give every WAN attention of a model this processor, chosen for a device type and a dtype.
 
     FP8 attention is for self-attention, and not in the first and last ENDS blocks of a stack, where it shows most.
     """
@@ -101,7 +103,7 @@ def install(model: nn.Module, name: str, device_type: str) -> None:
         replaced = getattr(module, "processor", None)
         if type(replaced).__name__ == "WanAttnProcessor":
             chosen = BESIDE_FP8 if name == "fp8" and not _inner(model, path) else name
-            module.processor = Processor(chosen, device_type, replaced)
+            module.processor = Processor(chosen, planned_for, replaced)
 
 
 def _inner(model: nn.Module, path: str) -> bool:

@@ -7,6 +7,7 @@ module, and only its own quantisation is no longer fused.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -110,8 +111,28 @@ def fuse(model: nn.Module, kernels: str = "TRITON") -> list[str]:
             become(part, kind)
             if kind is FusedEmbedder:
                 part.__dict__[MEMO] = (shared,)
-    whys = {why for _, block in blocks if (why := unfusable(block)) is not None}
-    return [f"Some blocks run the host's own forward: {why}." for why in sorted(whys)]
+    whys = Counter(why for _, block in blocks if (why := unfusable(block)) is not None)
+    said = [f"{count} blocks run the host's own forward: {why}." for why, count in sorted(whys.items())]
+    held = sum(_held(leaf) for _, block in blocks for leaf in _linears(block))
+    if held:
+        said.append(
+            f"{held} Linears of the blocks are wrapped by an adapter or carry a hook: they are called as they are, and "
+            "quantise their own input."
+        )
+    return said
+
+
+def _linears(block: Any) -> list[nn.Module]:
+    one, two = block.attn1, block.attn2
+    image = [] if two.add_k_proj is None else [two.add_k_proj, two.add_v_proj]
+    attention = [
+        linear for part in (one, two) for linear in (part.to_q, part.to_k, part.to_v, part.to_out[0])
+    ]
+    return [*attention, *image, block.ffn.net[0].proj, block.ffn.net[2]]
+
+
+def _held(linear: nn.Module) -> bool:
+    return not isinstance(linear, nn.Linear) or _fused.hooked(linear) is not None
 
 
 def unfuse(model: nn.Module) -> None:

@@ -46,11 +46,11 @@ def run(model: Any, **changes: Any) -> torch.Tensor:
     return result
 
 
-def attend_codes(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *scales: torch.Tensor
-) -> torch.Tensor:
+def attend_codes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
     """What FlashAttention 3 computes from codes, in fp32."""
-    q, k, v = ((t.float() * s[:, None, :, None]).transpose(1, 2) for t, s in zip((q, k, v), scales, strict=True))
+    q, k, v = (
+        (t.float() * s[:, None, :, None]).transpose(1, 2) for t, s in zip((q, k, v), scales, strict=True)
+    )
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
@@ -155,7 +155,7 @@ def test_fp8_attention_of_the_inner_blocks(batch: int, spy: Spy, monkeypatch: py
     expected = run(model, batch=batch)
     twin = fused(model)
     uninstall(twin)
-    install(twin, "fp8", "cpu")
+    install(twin, "fp8", ("cpu", torch.float32))
     names = [(block.attn1.processor.name, block.attn2.processor.name) for block in twin.blocks]
     assert names == [("fa3", "fa3")] * 2 + [("fp8", "fa3")] * 2 + [("fa3", "fa3")] * 2
     monkeypatch.setattr(Processor, "attend", lambda self, *qkv: ATTENTIONS["sdpa"].attend(*qkv))
@@ -192,6 +192,18 @@ def test_a_wrapped_layer_is_called_and_its_adapter_counts(spy: Spy) -> None:
     assert error(run(twin), plain) < EXACT and spy.count == TINY.layers
     model.disable_adapters()
     assert error(run(model), plain) > 0.01  # the adapter does something
+
+
+def test_an_adapter_that_was_there_before_is_in_the_notes() -> None:
+    from peft import LoraConfig
+
+    model = patched()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    model.requires_grad_(False)
+    assert _wan_block.fuse(model, "TWINS") == [
+        "4 Linears of the blocks are wrapped by an adapter or carry a hook: they are called as they are, and quantise "
+        "their own input."
+    ]
 
 
 def test_prompts_are_remembered_by_value(spy: Spy) -> None:
@@ -311,6 +323,13 @@ def test_the_choice_of_attention_is_kept_or_refused() -> None:
     model = transformer()
     assert wan_runtime.patch(model).attention is None
     assert type(model.blocks[0].attn1.processor).__name__ == "WanAttnProcessor"
+
+
+def test_a_model_moved_from_what_attention_was_chosen_for_gets_sdpa() -> None:
+    q, k, v = torch.randn(3, 1, 5, 2, 16, generator=torch.Generator().manual_seed(0))
+    for planned in (("cuda", torch.float32), ("cpu", torch.float16)):  # FlashAttention 3 would refuse either
+        result = Processor("fa3", planned, None).attend(q, k, v)
+        assert torch.equal(result, ATTENTIONS["sdpa"].attend(q, k, v))
 
 
 def test_our_processor_is_the_hosts_where_it_is_not_fused() -> None:

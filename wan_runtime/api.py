@@ -185,7 +185,7 @@ def _patch(
         staged = stage(watched(stream(checkpoint, target), checkpoint), decisions, spelling, dtype)
     parameters = execute(model, decisions, staged, dtype, runs_on.type, static=static)
     verify_residents(model, decisions)
-    fused, said = _accelerate(model, host, attention, options.fuse, runs_on)
+    fused, said = _accelerate(model, host, attention, options.fuse, runs_on, dtype)
     report = Report(
         host=host.name,
         device=str(runs_on),
@@ -251,14 +251,19 @@ def _attention(
 
 
 def _accelerate(
-    model: nn.Module, host: Host, attention: Choice | None, fuse: bool, device: torch.device
+    model: nn.Module,
+    host: Host,
+    attention: Choice | None,
+    fuse: bool,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[bool, list[str]]:
     """Give a patched model its attention and its fused blocks: (whether fused, what its user should read)."""
     if host.blocks is None:
         return False, []
     said = []
     if attention is not None:
-        host.blocks.attend(model, attention.name, device.type)
+        host.blocks.attend(model, attention.name, (device.type, dtype))
         said = [f"attention: {name} refused: {why}." for name, why in attention.passed.items()]
     if not fuse or device.type != "cuda":  # no news on a CPU, where only the host's own forward runs
         return False, said
