@@ -7,17 +7,21 @@ import re
 import secrets
 from collections.abc import AsyncIterator
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wan_runtime import Catalogue
 
 from . import errors
+from .auth import admit
 from .endpoints import Endpoint
+from .guards import Bodies, Origins, SecurityHeaders
 from .services import Services
+from .settings import Settings, is_loopback
 
 ENDPOINTS = Catalogue("wan_runtime.serve.endpoints", Endpoint)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -50,7 +54,7 @@ def create_app(services: Services) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        services.engine.start()
+        services.start()
         try:
             yield
         finally:
@@ -60,10 +64,35 @@ def create_app(services: Services) -> FastAPI:
         title="wan-serve",
         summary="Text-to-video with quantised WAN checkpoints, over OpenAI's /v1/videos.",
         lifespan=lifespan,
-        middleware=[Middleware(RequestId)],
+        middleware=_middleware(services.settings),
+        docs_url=None,  # its pages load their scripts from elsewhere; /openapi.json is ours
+        redoc_url=None,
     )
     app.state.services = services
     errors.install(app)
     for name in ENDPOINTS:
-        app.include_router(ENDPOINTS[name].router)
+        endpoint = ENDPOINTS[name]
+        app.include_router(endpoint.router, dependencies=[] if endpoint.public else [Depends(admit)])
     return app
+
+
+def _middleware(settings: Settings) -> list[Middleware]:
+    """From the outside in."""
+    local_only = is_loopback(settings.host) and not settings.api_keys and not settings.allow_remote
+    chain = [
+        Middleware(RequestId),
+        Middleware(SecurityHeaders),
+        Middleware(Origins, allowed=settings.allow_origin, local_only=local_only),
+        Middleware(Bodies, seconds=settings.upload_seconds),
+    ]
+    if settings.allow_origin:
+        chain.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.allow_origin,
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["authorization", "content-type", "idempotency-key"],
+                expose_headers=["x-request-id", "openai-poll-after-ms", "retry-after"],
+            )
+        )
+    return chain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import socket
 import sqlite3
@@ -13,7 +14,9 @@ from typing import Annotated
 import typer
 import uvicorn
 
+from . import keys
 from .app import create_app
+from .keys_cli import keys_app
 from .services import Services, open_services
 from .settings import Settings, is_loopback
 
@@ -25,6 +28,7 @@ app = typer.Typer(
 )
 log = logging.getLogger("wan_serve")
 DEFAULTS = Settings()
+ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+")
 LEVELS = ("debug", "info", "warning", "error")
 GRACE_SECONDS = 10  # for answers under way when the server is told to stop
 
@@ -34,9 +38,13 @@ def _absolute(path: Path | None) -> Path | None:
     return path and path.absolute()
 
 
+app.add_typer(keys_app, name="keys")
+
+
 # Every option can also be given as WAN_SERVE_<OPTION>: containers are configured through their environment.
-@app.command(context_settings={"auto_envvar_prefix": "WAN_SERVE"})
+@app.callback(invoke_without_command=True, context_settings={"auto_envvar_prefix": "WAN_SERVE"})
 def serve(
+    context: typer.Context,
     checkpoint: Annotated[Path | None, typer.Option(exists=True, callback=_absolute, help=(
         "The transformer, of any dialect: a .safetensors file, or the folder or index of one in several files. "
         "Without it the bundled tiny model is served."))] = None,
@@ -51,7 +59,13 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = DEFAULTS.host,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = DEFAULTS.port,
     allow_remote: Annotated[bool, typer.Option("--allow-remote", help=(
-        "Listen beyond this machine although there is no authentication: for containers and behind a proxy."))] = False,
+        "Listen beyond this machine although there are no API keys: for containers and behind a proxy."))] = False,
+    api_keys: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, callback=_absolute, help=(
+        "Ask for API keys: those in this file, which `wan-serve keys add` writes."))] = None,
+    allow_origin: Annotated[list[str] | None, typer.Option(help=(
+        "Let pages of this origin (https://example.org) use the server from a browser; may be repeated."))] = None,
+    upload_seconds: Annotated[float, typer.Option(min=0.1, help=(
+        "How long the body of a request may take to arrive."))] = DEFAULTS.upload_seconds,
     data_dir: Annotated[Path, typer.Option(file_okay=False, resolve_path=True, help=(
         "Where jobs and clips are kept."))] = DEFAULTS.data_dir,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: the GPU if there is one.")] = None,
@@ -61,13 +75,35 @@ def serve(
     backend: Annotated[str, typer.Option(help="Who multiplies.")] = DEFAULTS.backend,
     cancel_seconds: Annotated[float, typer.Option(min=0, help=(
         "Kill a worker that has not stopped a deleted job by then."))] = DEFAULTS.cancel_seconds,
+    stall_seconds: Annotated[float, typer.Option(min=1, help=(
+        "Kill a worker that has done nothing on its job for so long."))] = DEFAULTS.stall_seconds,
+    drain_seconds: Annotated[float, typer.Option(min=0, help=(
+        "How long the running job may go on when the server is told to stop; then it is put back."))] = DEFAULTS.drain_seconds,
+    max_queue_seconds: Annotated[float, typer.Option(min=0, help=(
+        "How much work, in predicted seconds, may be waiting before a create is refused."))] = DEFAULTS.max_queue_seconds,
+    max_job_seconds: Annotated[float, typer.Option(min=0, help=(
+        "How long a clip may be predicted to take."))] = DEFAULTS.max_job_seconds,
+    keep_days: Annotated[float, typer.Option(min=0, help=(
+        "Remove a finished job and its clip after so many days; 0 keeps them."))] = DEFAULTS.keep_days,
+    keep_gib: Annotated[float, typer.Option(min=0, help=(
+        "Remove the oldest clips where all take more than this; 0 keeps them."))] = DEFAULTS.keep_gib,
+    sweep_seconds: Annotated[float, typer.Option(min=0.1, help=(
+        "How often to look for what is to be removed."))] = DEFAULTS.sweep_seconds,
+    embed_metadata: Annotated[bool, typer.Option(help=(
+        "Write what decided a clip (prompt, seed, model, versions) into its MP4."))] = DEFAULTS.embed_metadata,
     log_level: Annotated[str, typer.Option(help=f"One of {', '.join(LEVELS)}.")] = DEFAULTS.log_level,
 ) -> None:  # fmt: skip
     """Serves text-to-video generation over OpenAI's /v1/videos."""
+    if context.invoked_subcommand is not None:
+        return
     settings = Settings(
         checkpoint=checkpoint, checkpoint_low=checkpoint_low, base=base, text_encoder=text_encoder, vae=vae,
         host=host, port=port, allow_remote=allow_remote, data_dir=data_dir, device=device, dialect=dialect,
+        api_keys=api_keys, allow_origin=tuple(allow_origin or ()), upload_seconds=upload_seconds,
         weights=weights, compute=compute, backend=backend, cancel_seconds=cancel_seconds, log_level=log_level,
+        stall_seconds=stall_seconds, drain_seconds=drain_seconds, max_queue_seconds=max_queue_seconds,
+        max_job_seconds=max_job_seconds, keep_days=keep_days, keep_gib=keep_gib, sweep_seconds=sweep_seconds,
+        embed_metadata=embed_metadata,
     )  # fmt: skip
     _check(settings)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -114,12 +150,22 @@ def _check(settings: Settings) -> None:
         )
     if settings.checkpoint_low and not settings.checkpoint:
         raise typer.BadParameter("--checkpoint-low needs --checkpoint, the high-noise expert.")
-    if not is_loopback(settings.host) and not settings.allow_remote:
+    if not is_loopback(settings.host) and not settings.allow_remote and not settings.api_keys:
         raise typer.BadParameter(
-            f"--host {settings.host} can be reached from other machines, and this server has no authentication: "
-            "anybody there could use it and read every clip. Put a proxy that authenticates before it and add "
-            "--allow-remote, or listen on 127.0.0.1."
+            f"--host {settings.host} can be reached from other machines, and without API keys anybody there could use "
+            "this server and read every clip. Make keys with `wan-serve keys add` and give --api-keys FILE; or put a "
+            "proxy that authenticates before it and add --allow-remote; or listen on 127.0.0.1."
         )
+    if settings.api_keys:
+        try:
+            keys.read(settings.api_keys)
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"--api-keys: {error}") from None
+    for origin in settings.allow_origin:
+        if not ORIGIN.fullmatch(origin):
+            raise typer.BadParameter(
+                f"--allow-origin is {origin!r}; it must be a scheme and a host, such as https://example.org."
+            )
 
 
 def _open(settings: Settings, on_fatal: Callable[[str], None]) -> Services:

@@ -7,6 +7,7 @@ a value that cannot be served, 404 for what is not there, 503 while the model lo
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -15,6 +16,17 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 log = logging.getLogger("wan_serve")
+# What every answer carries that has not its own. Nothing that is not a page of ours may be shown as one.
+SECURITY: Mapping[str, str] = {
+    "cache-control": "no-store",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+}
 
 
 class ApiError(Exception):
@@ -87,6 +99,7 @@ def _answer(
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
     headers = dict(headers or {})
-    if status == 500:  # the framework answers these outside the middleware that would add the id
+    if status == 500:  # the framework answers these outside the middleware that would add these
         headers.setdefault("x-request-id", str(request.scope.get("request_id", "")))
+        headers = {**SECURITY, **headers}
     return JSONResponse(envelope(status, code, message, param), status, headers)

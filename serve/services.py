@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable
@@ -12,8 +13,10 @@ from fastapi import Depends, Request
 
 from .engine import Engine
 from .jobs import JobStore
+from .keys import KeyRing
 from .settings import Settings
 from .storage import Storage
+from .sweeper import Sweeper
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,21 @@ class Services:
     storage: Storage
     store: JobStore
     engine: Engine
+    sweeper: Sweeper
     lock: IO[str]
+    keys: KeyRing | None = None
+    # A key's limits hold only if nothing is added while they are looked at.
+    creating: asyncio.Lock = field(default_factory=asyncio.Lock)
     started_at: float = field(default_factory=time.time)
+
+    def start(self) -> None:
+        """Begins the work, and returns at once."""
+        self.engine.start()
+        self.sweeper.start()
 
     def close(self) -> None:
         """Ends the worker and gives the data directory back."""
+        self.sweeper.stop()
         self.engine.stop()
         self.store.close()
         self.lock.close()
@@ -40,15 +53,18 @@ def open_services(settings: Settings, on_fatal: Callable[[str], None]) -> Servic
     Raises BlockingIOError where another server has the directory, OSError, ValueError or sqlite3.Error where it cannot
     be used.
     """
+    keys = KeyRing(settings.api_keys) if settings.api_keys else None
     storage = Storage(settings.data_dir)
     storage.prepare()
     with contextlib.ExitStack() as undo:
         lock = undo.enter_context(storage.lock())
         store = JobStore(storage.database)
         undo.callback(store.close)
-        store.recover()
-        storage.sweep(store.completed_ids())
-        services = Services(settings, storage, store, Engine(settings, store, on_fatal), lock)
+        store.recover(storage.size)
+        storage.sweep(job.id for job in store.with_status("completed"))
+        engine = Engine(settings, store, storage, on_fatal)
+        sweeper = Sweeper(settings, store, storage, engine.tell)
+        services = Services(settings, storage, store, engine, sweeper, lock, keys)
         undo.pop_all()
     return services
 

@@ -27,6 +27,9 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     allow_remote: bool = False
+    api_keys: Path | None = None
+    allow_origin: tuple[str, ...] = ()
+    upload_seconds: float = 60.0  # for the whole body of a request
     data_dir: Path = field(default_factory=lambda: Path.home() / ".local" / "share" / "wan-serve")
     device: str | None = None
     dialect: str | None = None
@@ -34,7 +37,17 @@ class Settings:
     compute: str = "auto"
     backend: str = "auto"
     cancel_seconds: float = 120.0  # a worker that has not obeyed a cancel by then is killed
+    stall_seconds: float = 600.0  # a worker that has done nothing on a job for so long is killed
+    drain_seconds: float = 30.0  # that the running job is given to end when the server is told to stop
+    max_queue_seconds: float = 4 * 3600.0  # of predicted work that may be waiting
+    max_job_seconds: float = 2 * 3600.0  # that one clip may be predicted to take
+    keep_days: float = 30.0  # after which a finished job is removed; 0 keeps it
+    keep_gib: float = 100.0  # of clips, the oldest of which are removed beyond that; 0 keeps them
+    sweep_seconds: float = 60.0  # between two looks for what is to be removed
+    embed_metadata: bool = True  # into the clips: what decided them
     log_level: str = "info"
+    log_format: str = "text"
+    metrics: bool = False
 
     @property
     def model_name(self) -> str:

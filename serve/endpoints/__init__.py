@@ -9,6 +9,7 @@ from fastapi import APIRouter
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A group of routes that belong together."""
+    """A group of routes that belong together. One that is not public needs a valid API key where keys are in use."""
 
     router: APIRouter
+    public: bool = False

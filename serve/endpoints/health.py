@@ -25,4 +25,4 @@ async def readyz(served: Served) -> JSONResponse:
     return JSONResponse(body, 200 if state.ready else 503)
 
 
-ENDPOINT = Endpoint(router)
+ENDPOINT = Endpoint(router, public=True)

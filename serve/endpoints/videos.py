@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict
-from typing import Annotated, Literal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import anyio
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
 
+from wan_runtime import ClipProfile
+
+from ..admission import add_job, idempotency, repeated, terms_of
+from ..auth import Asker, check_limits
 from ..errors import ApiError, not_found
 from ..jobs import Job
 from ..parsing import CreateVideo, clip_request, read_create
 from ..services import Served, Services
-from ..storage import ID, new_id
+from ..stopping import stop_job
+from ..storage import ID, Storage
+from ..sweeper import expires_at
 from . import Endpoint
 from .models import unknown_model
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 LIST_QUERY = ("after", "limit", "order")
+VARIANTS: dict[str, tuple[str, Callable[[Storage, str], Path]]] = {
+    "video": ("video/mp4", Storage.video),
+    "thumbnail": ("image/webp", Storage.thumbnail),
+    "spritesheet": ("image/jpeg", Storage.spritesheet),
+}
 NO_RETRY = {"x-should-retry": "false"}
 BODY = {
     "requestBody": {
@@ -62,6 +72,7 @@ class Video(BaseModel):
     phase: str | None
     step: int
     queue_position: int | None
+    eta_seconds: float | None
     seed: int
     negative_prompt: str
     num_frames: int
@@ -70,6 +81,7 @@ class Video(BaseModel):
     guidance_scale: float
     guidance_scale_2: float | None
     flow_shift: float | None
+    made_with: dict[str, Any] | None
 
 
 class VideoList(BaseModel):
@@ -90,9 +102,11 @@ class VideoDeleted(BaseModel):
     deleted: Literal[True] = True
 
 
-def _video(job: Job, served: Services) -> Video:
+def describe(job: Job, served: Services) -> Video:
+    """A job as clients see it."""
     asked = dict(job.request)
     width, height = asked.pop("width"), asked.pop("height")
+    eta, expires = served.engine.forecast.eta(job), expires_at(job, served.settings)
     return Video(
         id=job.id,
         model=job.model,
@@ -105,38 +119,51 @@ def _video(job: Job, served: Services) -> Video:
         error=VideoError(code=job.error_code, message=job.error_message or "") if job.error_code else None,
         phase=job.phase,
         step=job.step,
-        queue_position=served.store.queued_before(job) if job.status == "queued" else None,
+        queue_position=served.store.waiting(job)[0] if job.status == "queued" else None,
+        eta_seconds=round(eta, 1) if eta is not None else None,
+        expires_at=int(expires) if expires is not None else None,
+        made_with=dict(job.made_with) if job.made_with and job.status == "completed" else None,
         **asked,
     )
 
 
-def _find(video_id: str, served: Services) -> Job:
+def find(video_id: str, served: Services) -> Job:
+    """The job of an id. Raises ApiError 404."""
     job = served.store.get(video_id) if ID.fullmatch(video_id) else None
     if job is None:
         raise not_found(video_id)
     return job
 
 
-def _poll_after(served: Services) -> str:
-    """When to ask again: about once a step. The client reads this once, on its first poll."""
-    return str(round(1000 * min(max(served.engine.state.step_seconds, 0.25), 5)))
-
-
 @router.post("", response_model=Video, openapi_extra=BODY)
-async def create_video(request: Request, response: Response, served: Served) -> Video:
+async def create_video(request: Request, response: Response, served: Served, asker: Asker) -> Video:
     """Puts a clip in the queue. Everything is checked here, before the model sees it."""
     asked = await read_create(request)
     if asked.model is not None and asked.model != served.settings.model_name:
         raise unknown_model(asked.model, served)
+    profile = _profile(served)
+    key, fingerprint = idempotency(request, asked)
+    job = await run_in_threadpool(repeated, served, asker.owner, key, fingerprint) if key else None
+    if job is None:
+        clip = clip_request(asked, profile)
+        terms = terms_of(served, clip, key, fingerprint)
+        async with served.creating:
+            check_limits(asker, served)
+            job = await run_in_threadpool(add_job, served, clip, asker.owner, terms)
+        served.engine.wake()
+    response.headers["openai-poll-after-ms"] = str(served.engine.forecast.poll_after_ms(job))
+    return await run_in_threadpool(describe, job, served)
+
+
+def _profile(served: Services) -> ClipProfile:
     state = served.engine.state
+    if served.engine.draining:
+        message = "The server is stopping and takes no more jobs. Ask again when it is back."
+        raise ApiError(503, "server_draining", message, headers={"Retry-After": "10"})
     if state.profile is None:
         message = f"The model is not ready yet ({state.phase}). /readyz says when it is."
         raise ApiError(503, "model_not_ready", message, headers={"Retry-After": "2"})
-    clip = clip_request(asked, state.profile)
-    job = await run_in_threadpool(served.store.add, new_id(), served.settings.model_name, asdict(clip))
-    served.engine.wake()
-    response.headers["openai-poll-after-ms"] = _poll_after(served)
-    return _video(job, served)
+    return state.profile
 
 
 async def _known_query(request: Request) -> None:
@@ -150,14 +177,15 @@ async def _known_query(request: Request) -> None:
 @router.get("", response_model=VideoList, dependencies=[Depends(_known_query)])
 def list_videos(
     served: Served,
+    asker: Asker,
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> VideoList:
     """The jobs, newest first unless asked otherwise, in pages."""
-    cursor = _find(after, served) if after else None
-    jobs = served.store.page(after=cursor, limit=limit + 1, newest_first=order == "desc")
-    page = [_video(job, served) for job in jobs[:limit]]
+    cursor = find(after, served) if after else None
+    jobs = served.store.page(after=cursor, limit=limit + 1, newest_first=order == "desc", owner=asker.owner)
+    page = [describe(job, served) for job in jobs[:limit]]
     return VideoList(
         data=page,
         first_id=page[0].id if page else None,
@@ -169,18 +197,18 @@ def list_videos(
 @router.get("/{video_id}", response_model=Video)
 def retrieve_video(video_id: str, response: Response, served: Served) -> Video:
     """One job, with its progress in percent of denoising steps."""
-    job = _find(video_id, served)
+    job = find(video_id, served)
     if job.status in ("queued", "in_progress"):
-        response.headers["openai-poll-after-ms"] = _poll_after(served)
-    return _video(job, served)
+        response.headers["openai-poll-after-ms"] = str(served.engine.forecast.poll_after_ms(job))
+    return describe(job, served)
 
 
 @router.get("/{video_id}/content", response_class=FileResponse)
 def download_content(video_id: str, served: Served, variant: str = "video") -> FileResponse:
-    """The finished clip, as MP4. Byte ranges are served."""
-    job = _find(video_id, served)
-    if variant != "video":
-        message = f"The variant {variant[:40]!r} is not made here; only 'video' is."
+    """The finished clip as MP4, its thumbnail as WebP, or a spritesheet as JPEG. Byte ranges are served."""
+    job = find(video_id, served)
+    if variant not in VARIANTS:
+        message = f"The variant {variant[:40]!r} is not made here. Known: {', '.join(VARIANTS)}."
         raise ApiError(400, "unsupported_variant", message, param="variant")
     if job.status == "failed":
         message = f"The video failed ({job.error_code}) and has no content: {job.error_message}"
@@ -188,25 +216,29 @@ def download_content(video_id: str, served: Served, variant: str = "video") -> F
     if job.status != "completed":
         message = f"The video is {job.status} ({job.progress} %); its content is there once it is completed."
         raise ApiError(400, "video_not_ready", message, headers=NO_RETRY)
-    path = served.storage.video(job.id)
+    kind, path_of = VARIANTS[variant]
+    path = path_of(served.storage, job.id)
     if not path.is_file():  # deleted since, by another request
         raise not_found(video_id)
-    return FileResponse(path, media_type="video/mp4", filename=f"{job.id}.mp4")
+    return FileResponse(path, media_type=kind, filename=path.name)
 
 
 @router.delete("/{video_id}", response_model=VideoDeleted)
 async def delete_video(video_id: str, served: Served) -> VideoDeleted:
     """Removes a job and its clip. A running one is stopped first, and the answer comes when it has stopped."""
-    job = await run_in_threadpool(_find, video_id, served)
-    deadline = time.monotonic() + served.settings.cancel_seconds
-    while not await run_in_threadpool(served.store.delete, job.id, unless="in_progress"):
-        await run_in_threadpool(_find, video_id, served)  # someone else may have deleted it
-        served.engine.cancel(job.id)
-        if time.monotonic() > deadline:
-            served.engine.kill(job.id)
-        await anyio.sleep(0.02)
-    await run_in_threadpool(served.storage.delete, job.id)
-    return VideoDeleted(id=job.id)
+    await run_in_threadpool(find, video_id, served)
+    if await stop_job(served, video_id) is None or not await run_in_threadpool(_remove, served, video_id):
+        raise not_found(video_id)  # someone else has deleted it
+    return VideoDeleted(id=video_id)
+
+
+def _remove(served: Services, video_id: str) -> bool:
+    """The row first, which is the truth; files without one go at the next start at the latest."""
+    removed = served.store.delete(video_id, unless="in_progress")
+    if removed:
+        served.storage.delete(video_id)
+        served.engine.tell.deleted(video_id)
+    return removed
 
 
 ENDPOINT = Endpoint(router)

@@ -25,6 +25,10 @@ def invoke(*options: str, **environment: str) -> Result:
         (["--log-level", "loud"], "one of debug, info, warning, error"),
         (["--port", "70000"], "65535"),
         (["--cheque-point", "x"], "--checkpoint"),
+        (["--api-keys", "gone.json"], "does not exist"),
+        (["--api-keys", "pyproject.toml"], "is not a file that `wan-serve keys add` wrote"),
+        (["--allow-origin", "example.org"], "it must be a scheme and a host"),
+        (["--allow-origin", "*"], "it must be a scheme and a host"),
     ],
 )
 def test_a_bad_option_is_explained(tmp_path: Path, options: list[str], said: str) -> None:

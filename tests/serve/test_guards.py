@@ -1,0 +1,171 @@
+"""What is refused before any endpoint sees it, and what every answer carries; raw sockets where clients are polite."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serve.conftest import Server, running
+
+SITE = "https://pages.example"
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that waits one second for a body, and lets pages of one site in."""
+    folder = tmp_path_factory.mktemp("guards")
+    with running(folder, "--upload-seconds", "1", "--allow-origin", SITE) as server:
+        yield server
+
+
+def talk(server: Server, request: bytes, *, seconds: float = 10) -> bytes:
+    """The whole answer to raw bytes, or what came until the server closed."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
+        connection.sendall(request)
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+            if b"\r\n\r\n" in b"".join(parts) and b"HTTP/1.1 100" not in parts[0]:
+                break
+        return b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/healthz", 200), ("/v1/videos", 200), ("/v1/none", 404), ("/v1/videos/x", 404)]
+)
+def test_every_answer_has_the_security_headers(server: Server, path: str, status: int) -> None:
+    answer = server.get(path)
+    assert answer.status_code == status
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["x-frame-options"] == "DENY"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
+    assert "server" not in answer.headers
+
+
+def test_pages_of_other_sites_get_nothing_done_and_no_cors_headers(server: Server) -> None:
+    """A form post needs no preflight: without the check any page could fill the queue of its visitor's machine."""
+    for origin in (
+        "https://evil.example",
+        "null",
+        "http://127.0.0.1:1",
+        server.url.replace("http", "https") + ".x",
+    ):
+        answer = httpx.post(f"{server.url}/v1/videos", data={"prompt": "x"}, headers={"origin": origin})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "origin_refused")
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+    preflight = httpx.options(
+        f"{server.url}/v1/videos", headers={"origin": SITE, "access-control-request-method": "POST"}
+    )
+    assert preflight.status_code == 403
+    same = httpx.get(f"{server.url}/v1/videos", headers={"origin": server.url})
+    assert same.status_code == 200
+
+
+def test_an_origin_that_the_operator_named_may(hasty: Server) -> None:
+    headers = {"origin": SITE, "access-control-request-method": "POST"}
+    preflight = httpx.options(f"{hasty.url}/v1/videos", headers=headers)
+    assert preflight.status_code == 200
+    answer = httpx.get(f"{hasty.url}/v1/videos", headers={"origin": SITE})
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, SITE)
+    other = httpx.get(f"{hasty.url}/v1/videos", headers={"origin": f"{SITE}.evil.example"})
+    assert other.status_code == 403
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "[::2]:80"]
+)
+def test_a_name_that_was_made_to_point_here_is_refused(server: Server, host: str) -> None:
+    answer = httpx.get(f"{server.url}/v1/videos", headers={"host": host})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_refused")
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:1", "127.0.0.1", "[::1]:8000"])
+def test_names_of_this_machine_are_taken(server: Server, host: str) -> None:
+    assert httpx.get(f"{server.url}/v1/videos", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "number",
+    [b"a\x0bset-cookie: x=1", b"a%0d%0aset-cookie: x=1", b"a\tb", b"\xe2\x80\xa8", b"a, b", b"../../x"],
+)
+def test_nothing_of_a_request_becomes_a_header(server: Server, number: bytes) -> None:
+    request = (
+        b"GET /v1/videos/a%0d%0aset-cookie:%20x=1 HTTP/1.1\r\nhost: localhost\r\nx-request-id: " + number
+    )
+    answer = talk(server, request + b"\r\nconnection: close\r\n\r\n").lower()
+    head = answer.partition(b"\r\n\r\n")[0]
+    assert head.startswith((b"http/1.1 404", b"http/1.1 400"))
+    assert b"\r\nset-cookie" not in head and b"x-request-id: a" not in head
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_body_that_trickles_in_is_given_up(hasty: Server, chunked: bool) -> None:
+    framing = b"transfer-encoding: chunked" if chunked else b"content-length: 1000"
+    head = b"POST /v1/videos HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n" + framing
+    begin = time.monotonic()
+    answer = talk(hasty, head + b"\r\n\r\n" + (b"1\r\n{\r\n" if chunked else b"{"))
+    assert answer.startswith(b"HTTP/1.1 408") and b"connection: close" in answer.lower()
+    assert 0.9 < time.monotonic() - begin < 8
+
+
+def test_a_form_that_trickles_in_is_given_up(hasty: Server) -> None:
+    head = (
+        b"POST /v1/videos HTTP/1.1\r\nhost: localhost\r\ncontent-type: multipart/form-data; boundary=b\r\n"
+        b"content-length: 1000\r\n\r\n--b\r\n"
+    )
+    assert talk(hasty, head).startswith(b"HTTP/1.1 408")
+
+
+def test_a_compressed_body_is_not_unpacked(server: Server) -> None:
+    bomb = gzip.compress(b'{"prompt": "' + b"x" * 10_000_000)
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = httpx.post(f"{server.url}/v1/videos", content=bomb, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def test_deep_json_is_refused(server: Server) -> None:
+    body = b'{"prompt": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    answer = httpx.post(f"{server.url}/v1/videos", content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+
+
+@pytest.mark.parametrize("length", [2**20 + 1, 2**33])
+def test_oversized_json_is_cut_off_while_it_arrives(server: Server, length: int) -> None:
+    """The answer comes after the first MiB, though most of the body was never sent."""
+    head = b"POST /v1/videos HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    answer = talk(server, head + b"content-length: %d\r\n\r\n" % length + b"x" * (2**20 + 1))
+    assert answer.startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize(
+    "path", ["/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/v1/videos/..%2f..%2fjobs.sqlite3/content",
+             "/v1/videos/%2e%2e/content", "/v1/videos//content", "/web/../cli.py", "/..%2fserver.log"],
+)  # fmt: skip
+def test_no_path_leads_out(server: Server, path: str) -> None:
+    request = f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()
+    answer = talk(server, request)
+    assert answer.startswith((b"HTTP/1.1 404", b"HTTP/1.1 405", b"HTTP/1.1 400")), answer[:200]
+
+
+def test_a_traversing_file_name_is_written_nowhere(server: Server, tmp_path: Path) -> None:
+    name = f"../../../../../../../..{tmp_path}/planted.png"
+    files = {"input_reference": (name, b"\x89PNG", "image/png")}
+    answer = httpx.post(f"{server.url}/v1/videos", data={"prompt": "x"}, files=files)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "input_reference_unsupported")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_schema_is_here_and_its_pages_with_foreign_scripts_are_not(server: Server) -> None:
+    assert json.loads(server.get("/openapi.json").text)["info"]["title"] == "wan-serve"
+    assert [server.get(path).status_code for path in ("/docs", "/redoc")] == [404, 404]
