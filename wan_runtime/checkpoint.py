@@ -119,7 +119,7 @@ def _interpret(header: Header, dialect: Dialect, evidence: str) -> Checkpoint:
     return Checkpoint(
         header=header,
         dialect=dialect,
-        evidence=evidence,
+        evidence=f"{_arrangement(dialect, reading)}{evidence}",
         spelling=spelling,
         prefix=prefix,
         variant=variant_of(header.path, shapes, spelling.name),
@@ -128,6 +128,14 @@ def _interpret(header: Header, dialect: Dialect, evidence: str) -> Checkpoint:
         markers=reading.markers,
         views=views,
     )
+
+
+def _arrangement(dialect: Dialect, reading: Reading) -> str:
+    """What keys and shapes do not say of a dialect's packed and block-scaled layers, "nibble even low: ", or ""."""
+    layout = dialect.marks({path: layer.format for path, layer in reading.layers.items()}).layout
+    held = sorted({layer.format for layer in reading.layers.values()})
+    words = ", ".join(f"{what} {how}" for what, how in layout.items())
+    return f"{', '.join(held)}, {words}: " if words else ""
 
 
 def _convolution(header: Header, plain: Mapping[str, str]) -> dict[str, View]:

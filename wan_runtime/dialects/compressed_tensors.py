@@ -229,6 +229,12 @@ def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, t
     raise NotImplementedError("compressed-tensors files are read, not written")
 
 
+def marks(layers: Mapping[str, str]) -> Marks:
+    held = set(layers.values())
+    layout = {"nibble": "even low"} if held & {"nvfp4", "mxfp4"} else {}
+    return Marks(layout=layout | ({"block scales": "plain"} if held & {"nvfp4", "mxfp8", "mxfp4"} else {}))
+
+
 DIALECT = Dialect(
     name="compressed_tensors",
     row="H1, H2",
@@ -237,5 +243,5 @@ DIALECT = Dialect(
     read=read,
     targets={},
     encode=encode,
-    marks=lambda layers: Marks(),
+    marks=marks,
 )

@@ -127,5 +127,5 @@ DIALECT = Dialect(
     read=read,
     targets={},
     encode=encode,
-    marks=lambda layers: Marks(),
+    marks=lambda layers: Marks(layout={"nibble": "even low", "block scales": "swizzled"}),
 )
