@@ -380,7 +380,7 @@ def test_wrong_requests_are_refused_by_name(tmp_path: Path, plain: Path) -> None
     new = tmp_path / "new.safetensors"
     with pytest.raises(UnknownName, match="comfy-fp8-scaled"):
         wan_runtime.convert(plain, new, "fp4")
-    with pytest.raises(UnknownName, match="keep, .*diffusers, .*original"):
+    with pytest.raises(UnknownName, match=r"keep, .*diffusers, .*original"):
         wan_runtime.convert(plain, new, "bf16", "kohya")
     with pytest.raises(InvalidOption, match="matches no module"):
         wan_runtime.convert(plain, new, "comfy-fp8", keep=("block.0.*",))

@@ -416,9 +416,7 @@ def test_mx_scales_are_the_smallest_that_hold_the_block_and_codes_the_nearest(we
     slots = FORMATS[weight_format].quantize(weight, True)
     blocks = weight.reshape(OUT, INP // 32, 32).double().numpy()
     amax = np.abs(blocks).max(-1)
-    wanted = np.array(
-        [[min(b for b in range(255) if a <= top * 2.0 ** (b - 127)) for a in r] for r in amax]
-    )
+    wanted = np.array([[min(b for b in range(255) if a <= top * 2.0 ** (b - 127)) for a in r] for r in amax])
     np.testing.assert_array_equal(slots["block_scale"].numpy(), wanted)
     assert slots["block_scale"][1, 0] == 127 - 6 and slots["block_scale"][2, 0] == 127 - 5
     codes = nearest((blocks / E8M0[wanted][..., None]).reshape(OUT, INP), table)

@@ -7,7 +7,7 @@ from torch import nn
 
 from wan_runtime.checkpoint import Checkpoint
 from wan_runtime.errors import BadTensor, InvalidOption, NothingToPatch, UnaccountedTensors
-from wan_runtime.names import Spelling, from_original, noise_in, noise_in
+from wan_runtime.names import Spelling, from_original, noise_in
 from wan_runtime.plan import Decision, Options
 
 
@@ -112,11 +112,6 @@ def notes(
         said.append("No CUDA GPU: weights are stored quantised and dequantised for each product.")
     if options.activation == "static" and computes <= {"bf16", "fp32"}:
         said.append("activation='static' changes nothing here: these products do not quantise activations.")
-    noise = noise_in(checkpoint.path) if checkpoint is not None else None
-    if noise is not None:
-        said.append(
-            f"By its name the file is the {noise}-noise expert of a two-expert model; nothing in it says so."
-        )
     noise = noise_in(checkpoint.path) if checkpoint is not None else None
     if noise is not None:
         said.append(
