@@ -119,9 +119,13 @@ def keys_and_values(
 ) -> KeysValues:
     """K (normalised) and V of context tokens [batch, tokens, width], with their biases."""
     batch, count, width = tokens.shape
-    rows = tokens.reshape(batch * count, width)
-    key = kernels.norm_rope(k(rows), None, weight_of(norm_k), eps_of(norm_k), None)
-    return key.view(batch, count, heads, -1), v(rows).view(batch, count, heads, -1)
+    plain = tokens.reshape(batch * count, width)
+    rows = kernels.attention_output(plain, None, None, takes_codes(k) and takes_codes(v))
+    key, bias = multiply(k, rows)
+    key = kernels.norm_rope(key, bias, weight_of(norm_k), eps_of(norm_k), None)
+    value, bias = multiply(v, rows)
+    value = value if bias is None else value.add_(bias)
+    return key.view(batch, count, heads, -1), value.view(batch, count, heads, -1)
 
 
 def weight_of(norm: nn.Module) -> torch.Tensor:

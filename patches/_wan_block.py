@@ -185,7 +185,7 @@ def run(
     shared, number, kernels = block.__dict__[MEMO]
     modulation, index = _modulation(block.scale_shift_table, temb, x.shape[0], x.shape[1], shared)
     parts = _parts(block, shared, number)
-    chosen = getattr(fused, kernels)
+    chosen = fused.kernels_named(kernels)
     table = None if rotary_emb is None else shared.rotary_table(*rotary_emb)
 
     def make() -> list[_fused.KeysValues]:
@@ -223,10 +223,11 @@ def _coded(attention: Any, shared: Shared, number: int) -> _fused.Coded | None:
     attend = attention.processor.codes
     if attend is None:
         return None
-    if number not in shared.folded:
-        q, k = (
-            bounded(_fused.weight_of(norm), attention.heads) for norm in (attention.norm_q, attention.norm_k)
-        )
+    if torch.compiler.is_compiling() or number not in shared.folded:
+        norms = (attention.norm_q, attention.norm_k)
+        q, k = (bounded(_fused.weight_of(norm), attention.heads) for norm in norms)
+        if torch.compiler.is_compiling():  # its graph is all blocks', so nothing of this one may be in it
+            return _fused.Coded(attend, q, k)
         shared.folded[number] = (q, k)
     return _fused.Coded(attend, *shared.folded[number])
 

@@ -14,17 +14,21 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-runtime[dev]')")
 
+from torch._dynamo.utils import counters
+
 import wan_runtime
 from tests.builders.wan import TINY, Sizes
 from tests.hosts.diffusers import error, inputs, transformer
 from wan_runtime.attention import ATTENTIONS
 from wan_runtime.errors import BackendUnavailable, InvalidOption
+from wan_runtime.kernels import ops
 from wan_runtime.linear import QuantLinear
 from wan_runtime.patches import _wan_block
 from wan_runtime.patches._attention_processor import Processor, install, uninstall
 from wan_runtime.patches._fused import takes_codes
 
 IMAGE = Sizes(image=64)
+CHECKS = ("test_schema", "test_faketensor")
 EXACT = 2e-5  # fp32 sums in another order
 
 
@@ -177,6 +181,39 @@ def test_one_layer_that_takes_plain_rows_among_codes(left_out: str) -> None:
     mixed.get_submodule(left_out)._bind()
     assert not takes_codes(mixed.get_submodule(left_out))
     assert error(run(mixed), run(model)) < 0.06
+
+
+@pytest.mark.parametrize("kernels", ["TWINS", "OPERATORS"])
+def test_blocks_compile_whole_and_twice_over_two_sizes(kernels: str) -> None:
+    model = patched()
+    expected = run(model)
+    _wan_block.fuse(model, kernels)
+    coded(model)
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    assert 1e-3 < error(run(model), expected) < 0.06
+    assert counters["stats"]["unique_graphs"] == 1  # all blocks share it
+    for width in (8, 12, 16):
+        run(model, hidden_states=torch.randn(1, 16, 3, 8, width))
+    assert counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
+
+
+def test_operators_say_the_shapes_they_give() -> None:
+    x, table = torch.randn(6, 48), torch.randn(1, 6, 48)
+    index = torch.zeros(6, dtype=torch.int32)
+    bias, one = torch.randn(48), table[:, 0]
+    opcheck = torch.library.opcheck
+    for codes in (True, False):
+        opcheck(ops._norm_modulate_op, (x, one, table[:, 1], 1e-6, 1.0, index, codes), test_utils=CHECKS)
+        opcheck(ops._gelu_quantize_op, (x, bias, codes), test_utils=CHECKS)
+        opcheck(ops._attention_output_op, (x, None, x.clone(), codes), test_utils=CHECKS)
+        opcheck(ops._norm_rope_op, (x, bias, bias, 1e-6, torch.randn(6, 16), codes), test_utils=CHECKS)
+        for factor in (one, None):
+            arguments = (x, bias, one, x.clone(), None, factor, factor, 1e-6, 1.0, None, codes)
+            opcheck(ops._residual_norm_op, arguments, test_utils=CHECKS)
+    opcheck(ops._quantize_heads_op, (torch.randn(2, 5, 3, 16),), test_utils=CHECKS)
 
 
 def test_a_wrapped_layer_is_called_and_its_adapter_counts(spy: Spy) -> None:

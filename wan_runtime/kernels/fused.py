@@ -1,5 +1,5 @@
-"""The kernels of a fused block forward as one value: Triton's, or their plain-torch twins (the same arithmetic on any
-device, for tests and as the specification)."""
+"""The kernels of a fused block forward as one value: Triton's, the same as operators for torch.compile, or their
+plain-torch twins (the same arithmetic on any device, for tests and as the specification)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from wan_runtime.kernels import ops
 from wan_runtime.kernels._rows import Rows
 from wan_runtime.kernels.attention_output import attention_output, attention_output_torch
 from wan_runtime.kernels.gelu_quantize import gelu_quantize, gelu_quantize_torch
@@ -31,6 +32,14 @@ class Kernels:
 
 
 TRITON = Kernels(norm_modulate, residual_norm, norm_rope, gelu_quantize, attention_output, quantize_heads)
+OPERATORS = Kernels(
+    ops.norm_modulate,
+    ops.residual_norm,
+    ops.norm_rope,
+    ops.gelu_quantize,
+    ops.attention_output,
+    ops.quantize_heads,
+)  # TRITON under torch.compile
 TWINS = Kernels(
     norm_modulate_torch,
     residual_norm_torch,
@@ -39,3 +48,10 @@ TWINS = Kernels(
     attention_output_torch,
     quantize_heads_torch,
 )
+
+
+def kernels_named(name: str) -> Kernels:
+    """TRITON, OPERATORS or TWINS; TRITON's operators while torch.compile traces."""
+    if name == "TRITON" and torch.compiler.is_compiling():
+        return OPERATORS
+    return {"TRITON": TRITON, "OPERATORS": OPERATORS, "TWINS": TWINS}[name]
