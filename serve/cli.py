@@ -16,6 +16,7 @@ import uvicorn
 
 from . import keys
 from .app import create_app
+from .draining import DrainingServer
 from .keys_cli import keys_app
 from .services import Services, open_services
 from .settings import Settings, is_loopback
@@ -78,9 +79,9 @@ def serve(
     stall_seconds: Annotated[float, typer.Option(min=1, help=(
         "Kill a worker that has done nothing on its job for so long."))] = DEFAULTS.stall_seconds,
     drain_seconds: Annotated[float, typer.Option(min=0, help=(
-        "How long the running job may go on when the server is told to stop; then it is put back."))] = DEFAULTS.drain_seconds,
+        "How long the running job may go on once the server is told to stop."))] = DEFAULTS.drain_seconds,
     max_queue_seconds: Annotated[float, typer.Option(min=0, help=(
-        "How much work, in predicted seconds, may be waiting before a create is refused."))] = DEFAULTS.max_queue_seconds,
+        "How much work may be waiting, in predicted seconds."))] = DEFAULTS.max_queue_seconds,
     max_job_seconds: Annotated[float, typer.Option(min=0, help=(
         "How long a clip may be predicted to take."))] = DEFAULTS.max_job_seconds,
     keep_days: Annotated[float, typer.Option(min=0, help=(
@@ -129,7 +130,7 @@ def run(settings: Settings) -> int:
             timeout_graceful_shutdown=GRACE_SECONDS,
             server_header=False,
         )
-        server = uvicorn.Server(config)
+        server = DrainingServer(config, services)
         if settings.is_bundled:
             log.info("no --checkpoint was given: serving the bundled tiny model, which draws moving shapes")
         name = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -1,8 +1,9 @@
 """Keeps one worker process alive and fed. A thread of the HTTP process does it, so that no request ever waits on it.
 
 The thread owns the worker: it spawns it, gives it the oldest queued job whenever it is idle, writes what it reports
-into the store, and, when it dies, fails the job it was on with the reason and starts another. A worker that cannot be
-started is not tried for ever: the engine gives up and says why, and the server ends.
+into the store and to the readers of events, and kills it when it hangs. When it ends, its job is begun once more or
+fails with the reason, and another is started. A worker that cannot be started is not tried for ever: the engine gives
+up and says why, and the server ends.
 """
 
 from __future__ import annotations
@@ -17,50 +18,48 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from wan_runtime import ClipProfile
 
-from . import worker
+from . import costs, worker
+from .counters import NAMES, Counters
+from .forecast import Forecast
 from .jobs import Job, JobStore
 from .settings import Settings
+from .state import EngineState
+from .storage import Storage
+from .telling import Teller
 
 log = logging.getLogger("wan_serve")
 MAX_STARTS = 4  # in a row that did not become ready
+LOOK_SECONDS = 1.0  # between two looks at whether the worker still gets on
+END_SECONDS = 5.0  # for a worker that has closed its pipe to end, and its status to tell why
 SPAWN = multiprocessing.get_context(
     "spawn"
 )  # a forked child would inherit CUDA, locks and the listening socket
 
 
-@dataclass(frozen=True)
-class EngineState:
-    """What the worker is doing, for readiness and for /v1/models. `profile` stays known while it restarts."""
-
-    phase: str = "starting"
-    profile: ClipProfile | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    pid: int | None = None
-    step_seconds: float = 1.0
-
-    @property
-    def ready(self) -> bool:
-        """Whether a job would be run now."""
-        return self.phase == "ready"
-
-
 class Engine:
     """The supervisor. `on_fatal` is called, from its thread, with the reason when it gives up."""
 
-    def __init__(self, settings: Settings, store: JobStore, on_fatal: Callable[[str], None]) -> None:
+    def __init__(
+        self, settings: Settings, store: JobStore, storage: Storage, on_fatal: Callable[[str], None]
+    ) -> None:
         self.state = EngineState()
-        self._settings, self._store, self._on_fatal = settings, store, on_fatal
+        self.draining = False
+        self._settings, self._store, self._storage, self._on_fatal = settings, store, storage, on_fatal
+        self.forecast = Forecast(store, lambda: self.state)
+        self.tell = Teller(store, self.forecast, lambda: self.state)
         self._job: Job | None = None
+        self._unwanted: set[str] = set()  # jobs that were cancelled while they ran
         self._connection: Connection | None = None
         self._send_lock = threading.Lock()
         self._stopping = threading.Event()
+        self._drained = threading.Event()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._thread = threading.Thread(target=self._supervise, name="engine")
@@ -77,6 +76,14 @@ class Engine:
         self._wake_in.close()
         self._wake_out.close()
 
+    def drain(self, seconds: float) -> None:
+        """Takes no more jobs, and waits until the running one has ended, or for so many seconds."""
+        self.draining = True
+        self.wake()
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.state.pid is not None and not self._drained.wait(0.1):
+            pass
+
     def wake(self) -> None:
         """Says that there may be a new job."""
         with contextlib.suppress(BlockingIOError):  # a full pipe wakes too
@@ -85,7 +92,8 @@ class Engine:
     def cancel(self, job_id: str) -> None:
         """Asks the worker to give this job up at its next step. Nothing happens if it is on another."""
         job = self._job
-        if job is not None and job.id == job_id:
+        if job is not None and job.id == job_id and job_id not in self._unwanted:
+            self._unwanted.add(job_id)
             self._send({"do": "cancel", "job": job_id})
 
     def kill(self, job_id: str) -> None:
@@ -99,6 +107,10 @@ class Engine:
         with self._send_lock, contextlib.suppress(OSError):  # a dead worker is noticed by the supervisor
             if self._connection is not None:
                 self._connection.send_bytes(json.dumps(command).encode())
+
+    def _enter(self, phase: str) -> None:
+        self.state = replace(self.state, phase=phase)
+        self.tell.queue()
 
     def _supervise(self) -> None:
         try:
@@ -128,39 +140,44 @@ class Engine:
     def _one_worker(self) -> tuple[bool, str]:
         """One worker's life. Whether it was ever ready, and why it ended."""
         ours, theirs = SPAWN.Pipe()
+        shared = SPAWN.RawArray("Q", len(NAMES))
         process = SPAWN.Process(
-            target=worker.main, args=(theirs, self._settings, os.getpid()), name="wan-worker", daemon=True
-        )
+            target=worker.main, args=(theirs, self._settings, os.getpid(), shared), name="wan-worker", daemon=True
+        )  # fmt: skip
         process.start()
         theirs.close()
-        with self._send_lock:
-            self._connection = ours
-        self.state = replace(self.state, phase="starting", pid=process.pid)
-        reached_ready, fatal = self._attend(process, ours)
-        self.state = replace(self.state, phase="stopping" if self._stopping.is_set() else "restarting")
-        with self._send_lock:
-            self._connection = None
-            ours.close()  # its end of file also ends a worker that is still alive
-        process.join(5 if self._stopping.is_set() else 30)
-        if process.is_alive():
+        self.state = replace(self.state, pid=process.pid, counters=Counters(shared))
+        self._enter("starting")
+        self._connection = ours
+        reason: str | None = None
+        try:
+            reached_ready, reason = self._attend(process, ours)
+        finally:
+            with self._send_lock:
+                self._connection = None
+            if not self._stopping.is_set() and reason is None:
+                process.join(END_SECONDS)
             process.kill()
             process.join()
-        reason = f"fatal: {fatal}" if fatal else _how_it_ended(process.exitcode)
-        self._settle(reason)
+            ours.close()
+        reason = reason or _how_it_ended(process.exitcode)
         self.state = replace(self.state, pid=None)
+        self._enter("restarting")
+        self._settle(reason)
         process.close()
         return reached_ready, reason
 
     def _attend(self, process: BaseProcess, ours: Connection) -> tuple[bool, str | None]:
-        """Feeds the worker and hears it until it ends or the engine stops."""
+        """Feeds the worker and hears it until it ends, hangs, or the engine stops."""
         reached_ready = False
-        last_step = time.monotonic()
+        moved, seen = time.monotonic(), self.state.counters.read()
         while not self._stopping.is_set():
-            if self.state.ready and self._job is None and (job := self._store.claim()):
-                self._job = job
-                self._send({"do": "generate", "job": job.id, "request": dict(job.request)})
-                last_step = time.monotonic()
-            heard = wait([ours, self._wake_out, process.sentinel])
+            if self._feed():
+                moved = time.monotonic()
+            heard = wait([ours, self._wake_out, process.sentinel], LOOK_SECONDS)
+            now = self.state.counters.read()
+            if now != seen or ours in heard:
+                moved, seen = time.monotonic(), now
             if self._wake_out in heard:
                 self._wake_out.recv(4096)
             if ours in heard:
@@ -168,57 +185,108 @@ class Engine:
                     message = json.loads(ours.recv_bytes())
                 except (EOFError, OSError):
                     break
-                if message["event"] == "fatal":
-                    return reached_ready, str(message["message"])
-                if message.get("step"):
-                    last_step = self._time_step(last_step)
+                if message["event"] in ("fatal", "broken"):
+                    kind = "fatal: " if message["event"] == "fatal" else ""
+                    return reached_ready, kind + str(message["message"])
                 self._hear(message)
-                reached_ready = reached_ready or self.state.ready
+                reached_ready = reached_ready or message["event"] == "ready"
             elif process.sentinel in heard:
                 break
+            elif self._job is not None and time.monotonic() - moved > self._settings.stall_seconds:
+                return reached_ready, f"it did nothing for {time.monotonic() - moved:.0f} s and was killed"
         return reached_ready, None
 
-    def _time_step(self, last: float) -> float:
-        now = time.monotonic()
-        seconds = 0.7 * self.state.step_seconds + 0.3 * (now - last)
-        self.state = replace(self.state, step_seconds=seconds)
-        return now
+    def _feed(self) -> bool:
+        """Gives an idle worker the oldest job, if there is one. Whether it did."""
+        if self.draining:
+            if self.state.phase != "draining":
+                self._enter("draining")
+            if self._job is None:
+                self._drained.set()
+            return False
+        if self._job is not None or not self.state.ready:
+            return False
+        made_with = self._made_with()
+        job = self._store.claim(made_with)
+        if job is None:
+            return False
+        self._job = job
+        self._send({"do": "generate", "job": job.id, "request": dict(job.request), "made_with": made_with})
+        self.tell.queue()
+        return True
+
+    def _made_with(self) -> dict[str, Any]:
+        """What decides a clip besides its request."""
+        settings, facts = self._settings, self.state.facts
+        files = [path.name for path in (settings.checkpoint, settings.checkpoint_low) if path]
+        kept = ("variant", "dialect", "quantised_layers", "dtype", "device_name", "scheduler", "versions")
+        return {"model": settings.model_name, "checkpoints": files} | {name: facts[name] for name in kept}
 
     def _hear(self, message: dict[str, Any]) -> None:
         event, job_id = message["event"], str(message.get("job", ""))
         if event == "ready":
-            profile = ClipProfile(**message["profile"])
-            self.state = replace(self.state, phase="ready", profile=profile, facts=message["facts"])
+            profile, speed = ClipProfile(**message["profile"]), costs.Speed(**message["speed"])
+            if self.state.speed is not None:  # what was learned from jobs outlives the worker
+                speed = replace(speed, correction=self.state.speed.correction)
+            self.state = replace(self.state, profile=profile, facts=message["facts"], speed=speed)
+            self._enter("ready")
             log.info("ready: %s on %s", self._settings.model_name, message["facts"]["device"])
         elif event == "phase" and not job_id:
-            self.state = replace(self.state, phase=message["phase"])
+            self._enter(message["phase"])
         elif event == "phase":
             self._store.progress(job_id, phase=message["phase"], step=message["step"])
+            self.tell.progress(job_id, message["phase"])
         else:
-            if event == "done":
-                self._store.complete(job_id)
-            elif event == "cancelled":
-                self._store.fail(job_id, "cancelled", "The job was cancelled while it ran.")
-            else:
-                self._store.fail(job_id, message["code"], message["message"])
-            self._job = None
+            self._end(job_id, event, message)
+
+    def _end(self, job_id: str, event: str, message: dict[str, Any]) -> None:
+        if event == "done":
+            self._store.complete(job_id, size=message["size"])
+            self._learn(job_id)
+        elif event == "cancelled":
+            self._fail_cancelled(job_id)
+        else:
+            self._store.fail(job_id, message["code"], message["message"])
+        self._job = None
+        self._unwanted.discard(job_id)
+        self.tell.end(job_id)
+
+    def _fail_cancelled(self, job_id: str) -> None:
+        job = self._store.get(job_id)
+        if job is not None:
+            steps = f"{job.step} of {job.request['num_inference_steps']} steps"
+            self._store.fail(job_id, "cancelled", f"The job was cancelled while it ran, after {steps}.")
+
+    def _learn(self, job_id: str) -> None:
+        """Corrects the predictions by what a job took."""
+        job, speed = self._store.get(job_id), self.state.speed
+        if job is None or speed is None or job.started_at is None or job.completed_at is None:
+            return
+        predicted = self.forecast.seconds(job.request)
+        correction = costs.learned(speed, predicted, job.completed_at - job.started_at)
+        self.state = replace(self.state, speed=replace(speed, correction=correction))
 
     def _settle(self, reason: str) -> None:
         """What becomes of the job that the ended worker was on."""
         job, self._job = self._job, None
-        if job is None:
+        now = self._store.get(job.id) if job is not None else None
+        if now is None:
             return
-        if self._stopping.is_set():
-            self._store.requeue(job.id)
-            return
-        now = self._store.get(job.id) or job
-        steps = job.request["num_inference_steps"]
-        self._store.fail(
-            job.id,
-            "worker_died",
-            f"The worker process ended in the phase {now.phase!r}, after {now.step} of {steps} steps: {reason}. "
-            "Another is being started; create the video again.",
-        )
+        unwanted = now.id in self._unwanted
+        self._unwanted.discard(now.id)
+        if size := self._storage.size(
+            now.id
+        ):  # its files are whole: it ended before it could say that it was done
+            self._store.complete(now.id, size=size)
+        elif unwanted:
+            self._fail_cancelled(now.id)
+        elif self._stopping.is_set():
+            self._store.requeue(now.id, counts=False)
+        else:
+            steps = now.request["num_inference_steps"]
+            where = f"in the phase {now.phase!r}, after {now.step} of {steps} steps"
+            self._store.interrupted(now, "worker_died", f"The worker process ended {where}: {reason}.")
+        self.tell.end(now.id)
 
 
 def _how_it_ended(code: int | None) -> str:

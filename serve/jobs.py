@@ -1,48 +1,28 @@
 """Jobs in SQLite: the one truth about what was asked and what became of it.
 
-Write-ahead logging lets the HTTP threads read while the engine writes. Each schema change is one more script in
-`MIGRATIONS`; the database's `user_version` says how many it has had. Only this process writes (the data directory is
-locked), so one connection behind one lock is enough, and every method is one transaction.
+Write-ahead logging keeps what was written when the process is killed. Only this process writes (the data directory is
+locked), so one connection behind one lock is enough, and every method is one transaction. `serve/schema.py` has the
+columns.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .schema import migrate
+
 Status = Literal["queued", "in_progress", "completed", "failed"]
 
-MIGRATIONS = (
-    """
-    CREATE TABLE jobs (
-        seq          INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of arrival, and of the queue
-        id           TEXT NOT NULL UNIQUE,
-        status       TEXT NOT NULL CHECK (status IN ('queued', 'in_progress', 'completed', 'failed')),
-        model        TEXT NOT NULL,
-        request      TEXT NOT NULL,                      -- the ClipRequest as JSON
-        phase        TEXT,
-        step         INTEGER NOT NULL DEFAULT 0,
-        attempts     INTEGER NOT NULL DEFAULT 0,         -- how often a worker has begun it
-        created_at   REAL NOT NULL,
-        started_at   REAL,
-        completed_at REAL,
-        error_code   TEXT,
-        error_message TEXT
-    );
-    CREATE INDEX jobs_by_status ON jobs (status, seq);
-    """,
-    """
-    ALTER TABLE jobs ADD COLUMN owner TEXT;  -- the id of the API key that asked; null where no keys were in use
-    CREATE INDEX jobs_by_owner ON jobs (owner, seq);
-    """,
-)
-MAX_ATTEMPTS = 2  # a job that was running when the server stopped runs once more, then fails
+BY_KEY = "SELECT * FROM jobs WHERE ifnull(owner, '') = ? AND idempotency_key = ?"
+MAX_ATTEMPTS = 2  # a job whose worker or server ended under it is begun once more, then fails
 
 
 @dataclass(frozen=True)
@@ -63,6 +43,11 @@ class Job:
     error_code: str | None
     error_message: str | None
     owner: str | None = None
+    cost_seconds: float = 0.0
+    idempotency_key: str | None = None
+    fingerprint: str | None = None
+    bytes: int = 0
+    made_with: Mapping[str, Any] | None = None
 
     @property
     def progress(self) -> int:
@@ -70,6 +55,32 @@ class Job:
         if self.status == "completed":
             return 100
         return min(99, 100 * self.step // int(self.request["num_inference_steps"]))
+
+
+class QueueFull(Exception):
+    """The queue holds `jobs` jobs, predicted to take `seconds`, and takes no more now."""
+
+    def __init__(self, jobs: int, seconds: float) -> None:
+        super().__init__(f"{jobs} jobs of {seconds:.0f} s are waiting")
+        self.jobs, self.seconds = jobs, seconds
+
+
+class KeyReused(Exception):
+    """An idempotency key came again with another body."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """On which a job is taken in: what it is predicted to cost, what may be waiting before it, its idempotency key."""
+
+    cost_seconds: float = 0.0
+    max_queue_seconds: float = float("inf")
+    max_queue_jobs: float = float("inf")
+    key: str | None = None
+    fingerprint: str | None = None
+
+
+DEFAULT_TERMS = Terms()
 
 
 class JobStore:
@@ -82,20 +93,10 @@ class JobStore:
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
-            self._migrate(path)
+            migrate(self._db, path)
         except BaseException:
             self._db.close()
             raise
-
-    def _migrate(self, path: Path) -> None:
-        version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
-        if version > len(MIGRATIONS):
-            raise ValueError(
-                f"{path} has schema version {version}, and this wan-serve knows {len(MIGRATIONS)}: a newer one wrote "
-                "it. Update wan-runtime, or give another --data-dir."
-            )
-        for number, script in enumerate(MIGRATIONS[version:], version + 1):
-            self._db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
 
     def close(self) -> None:
         """Ends the connection; the store cannot be used after."""
@@ -104,25 +105,71 @@ class JobStore:
 
     def _rows(self, sql: str, *values: object) -> list[Job]:
         with self._lock:
-            found = self._db.execute(sql, values).fetchall()
-        return [Job(**{**row, "request": json.loads(row["request"])}) for row in map(dict, found)]
+            return self._execute(sql, *values)
+
+    def _execute(self, sql: str, *values: object) -> list[Job]:
+        return [_job(dict(row)) for row in self._db.execute(sql, values).fetchall()]
 
     def _one(self, sql: str, *values: object) -> Job | None:
         rows = self._rows(sql, *values)
         return rows[0] if rows else None
 
-    def add(self, job_id: str, model: str, request: Mapping[str, Any], *, owner: str | None = None) -> Job:
-        """Puts a job at the end of the queue. `owner` is the id of the API key that asked, if one did."""
-        [job] = self._rows(
-            "INSERT INTO jobs (id, status, model, request, created_at, owner) "
-            "VALUES (?, 'queued', ?, ?, ?, ?) RETURNING *",
-            job_id,
-            model,
-            json.dumps(request),
-            time.time(),
-            owner,
-        )
-        return job
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+
+    def add(
+        self,
+        job_id: str,
+        model: str,
+        request: Mapping[str, Any],
+        *,
+        owner: str | None = None,
+        terms: Terms = DEFAULT_TERMS,
+    ) -> Job:
+        """Puts a job at the end of the queue, or gives the one that the same owner's same idempotency key made before.
+
+        `owner` is the id of the API key that asked, if one did. What is waiting is counted in the transaction that adds
+        to it, so the bound holds under any number of creates. An empty queue takes any job. Raises QueueFull and
+        KeyReused.
+        """
+        with self._transaction():
+            if terms.key is not None and (before := self._execute(BY_KEY, owner or "", terms.key)):
+                if before[0].fingerprint != terms.fingerprint:
+                    raise KeyReused
+                return before[0]
+            jobs, seconds = self._waiting()
+            full = jobs >= terms.max_queue_jobs or seconds + terms.cost_seconds > terms.max_queue_seconds
+            if jobs and full:
+                raise QueueFull(jobs, seconds)
+            [job] = self._execute(
+                "INSERT INTO jobs (id, status, model, request, created_at, owner, cost_seconds, idempotency_key, "
+                "fingerprint) VALUES (?, 'queued', ?, ?, ?, ?, ?, ?, ?) RETURNING *",
+                job_id, model, json.dumps(request), time.time(), owner, terms.cost_seconds, terms.key,
+                terms.fingerprint,
+            )  # fmt: skip
+            return job
+
+    def by_key(self, owner: str | None, key: str) -> Job | None:
+        """The job that an owner's idempotency key made, if it is still there."""
+        return self._one(BY_KEY, owner or "", key)
+
+    def _waiting(self, before: float = float("inf")) -> tuple[int, float]:
+        sql = "SELECT count(*), coalesce(sum(cost_seconds), 0) FROM jobs WHERE status = 'queued' AND seq < ?"
+        jobs, seconds = self._db.execute(sql, (before,)).fetchone()
+        return int(jobs), float(seconds)
+
+    def waiting(self, before: Job | None = None) -> tuple[int, float]:
+        """How many jobs are queued, all or those before one, and the seconds that they were predicted to take."""
+        with self._lock:
+            return self._waiting(before.seq if before else float("inf"))
 
     def active(self, owner: str) -> int:
         """How many of an owner's jobs are queued or running."""
@@ -148,22 +195,23 @@ class JobStore:
         sql = f"SELECT * FROM jobs {where} ORDER BY seq {order} LIMIT ?"
         return self._rows(sql, *conditions.values(), limit)
 
-    def completed_ids(self) -> list[str]:
-        """The jobs that own a file."""
-        return [job.id for job in self._rows("SELECT * FROM jobs WHERE status = 'completed'")]
+    def with_status(self, status: Status) -> list[Job]:
+        """All jobs of a status, in order of arrival."""
+        return self._rows("SELECT * FROM jobs WHERE status = ? ORDER BY seq", status)
 
-    def queued_before(self, job: Job) -> int:
-        """How many jobs are to run before this queued one."""
-        with self._lock:
-            sql = "SELECT count(*) FROM jobs WHERE status = 'queued' AND seq < ?"
-            return int(self._db.execute(sql, (job.seq,)).fetchone()[0])
+    def finished(self) -> list[Job]:
+        """The jobs that have ended, either way, those that ended first coming first."""
+        sql = "SELECT * FROM jobs WHERE status IN ('completed', 'failed') ORDER BY completed_at, seq"
+        return self._rows(sql)
 
-    def claim(self) -> Job | None:
-        """Takes the oldest queued job to run it, or None."""
+    def claim(self, made_with: Mapping[str, Any] | None = None) -> Job | None:
+        """Takes the oldest queued job to run it with what `made_with` describes, or None."""
         return self._one(
             "UPDATE jobs SET status = 'in_progress', phase = 'starting', step = 0, attempts = attempts + 1, "
-            "started_at = ? WHERE seq = (SELECT min(seq) FROM jobs WHERE status = 'queued') RETURNING *",
+            "started_at = ?, made_with = ? "
+            "WHERE seq = (SELECT min(seq) FROM jobs WHERE status = 'queued') RETURNING *",
             time.time(),
+            json.dumps(made_with) if made_with is not None else None,
         )
 
     def progress(self, job_id: str, *, phase: str, step: int) -> None:
@@ -175,47 +223,63 @@ class JobStore:
             job_id,
         )
 
-    def complete(self, job_id: str) -> None:
-        """A running job's file is in its place."""
+    def complete(self, job_id: str, *, size: int = 0) -> None:
+        """A running job's files are in their place, `size` bytes of them."""
         self._rows(
-            "UPDATE jobs SET status = 'completed', phase = NULL, completed_at = ? "
+            "UPDATE jobs SET status = 'completed', phase = NULL, completed_at = ?, bytes = ? "
             "WHERE id = ? AND status = 'in_progress' RETURNING *",
             time.time(),
+            size,
             job_id,
         )
 
-    def fail(self, job_id: str, code: str, message: str) -> None:
-        """A running job ended without a clip, for this reason."""
+    def fail(self, job_id: str, code: str, message: str, *, status: Status = "in_progress") -> bool:
+        """A running job (or one of another `status`) ended without a clip, for this reason. Whether it was one."""
+        return bool(
+            self._rows(
+                "UPDATE jobs SET status = 'failed', phase = NULL, completed_at = ?, error_code = ?, "
+                "error_message = ? WHERE id = ? AND status = ? RETURNING *",
+                time.time(),
+                code,
+                message,
+                job_id,
+                status,
+            )
+        )
+
+    def requeue(self, job_id: str, *, counts: bool) -> None:
+        """Puts a running job back where it was in the queue. After an orderly stop the attempt does not count."""
         self._rows(
-            "UPDATE jobs SET status = 'failed', phase = NULL, completed_at = ?, error_code = ?, error_message = ? "
+            "UPDATE jobs SET status = 'queued', phase = NULL, step = 0, attempts = attempts - ?, started_at = NULL "
             "WHERE id = ? AND status = 'in_progress' RETURNING *",
-            time.time(),
-            code,
-            message,
+            0 if counts else 1,
             job_id,
         )
 
-    def requeue(self, job_id: str) -> None:
-        """Puts a running job back where it was in the queue, as if it had not begun: an orderly stop, not a failure."""
-        self._rows(
-            "UPDATE jobs SET status = 'queued', phase = NULL, step = 0, attempts = attempts - 1, started_at = NULL "
-            "WHERE id = ? AND status = 'in_progress' RETURNING *",
-            job_id,
-        )
+    def interrupted(self, job: Job, code: str, reason: str) -> None:
+        """A worker or a server ended under this running job: it is begun once more, and failed the second time."""
+        if job.attempts < MAX_ATTEMPTS:
+            self.requeue(job.id, counts=True)
+            return
+        message = f"{reason} It had been begun {job.attempts} times, so it is not begun again."
+        self.fail(job.id, code, message)
 
     def delete(self, job_id: str, *, unless: Status) -> bool:
         """Removes the row, unless it has the given status. Whether it did."""
         return bool(self._rows("DELETE FROM jobs WHERE id = ? AND status != ? RETURNING *", job_id, unless))
 
-    def recover(self) -> None:
-        """After a restart: what was running is queued again, or failed where that has been tried before."""
-        self._rows(
-            "UPDATE jobs SET status = 'failed', phase = NULL, completed_at = ?, error_code = 'server_restarted', "
-            "error_message = 'The server stopped ' || attempts || ' times while this job ran.' "
-            "WHERE status = 'in_progress' AND attempts >= ? RETURNING *",
-            time.time(),
-            MAX_ATTEMPTS,
-        )
-        self._rows(
-            "UPDATE jobs SET status = 'queued', phase = NULL, step = 0 WHERE status = 'in_progress' RETURNING *"
-        )
+    def recover(self, size_of: Callable[[str], int]) -> None:
+        """After a restart: what was running is completed if its files are there (`size_of` gives their bytes, 0 for
+        none), else queued again, or failed where that has been tried before."""
+        for job in self.with_status("in_progress"):
+            if size := size_of(job.id):
+                self.complete(job.id, size=size)
+            else:
+                where = f"in the phase {job.phase!r}, after {job.step} steps"
+                self.interrupted(job, "server_restarted", f"The server ended while this job ran, {where}.")
+
+
+def _job(row: dict[str, Any]) -> Job:
+    row["request"] = json.loads(row["request"])
+    row["made_with"] = json.loads(row["made_with"]) if row["made_with"] else None
+    return Job(**row)

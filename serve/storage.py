@@ -21,7 +21,7 @@ def new_id() -> str:
 
 @dataclass(frozen=True)
 class Storage:
-    """The data directory: `jobs.sqlite3`, and `videos/<id>.mp4` for each completed job."""
+    """The data directory: `jobs.sqlite3`, and `videos/<id>.mp4`, `.webp` and `.jpg` for each completed job."""
 
     root: Path
 
@@ -37,13 +37,34 @@ class Storage:
 
     def video(self, job_id: str) -> Path:
         """Where the clip of a job lies, once it is complete. Raises ValueError for anything but an id of ours."""
+        return self._path(job_id, ".mp4")
+
+    def thumbnail(self, job_id: str) -> Path:
+        """Where the clip's thumbnail lies."""
+        return self._path(job_id, ".webp")
+
+    def spritesheet(self, job_id: str) -> Path:
+        """Where the clip's spritesheet lies."""
+        return self._path(job_id, ".jpg")
+
+    def _path(self, job_id: str, suffix: str) -> Path:
         if not ID.fullmatch(job_id):
             raise ValueError(f"{job_id!r} is not a job id.")
-        return self.videos / f"{job_id}.mp4"
+        return self.videos / f"{job_id}{suffix}"
+
+    def size(self, job_id: str) -> int:
+        """The bytes of a job's files, or 0 unless its clip, which is written last, is there."""
+        if not self.video(job_id).is_file():
+            return 0
+        return sum(path.stat().st_size for path in self._files(job_id) if path.is_file())
+
+    def _files(self, job_id: str) -> tuple[Path, ...]:
+        return self.video(job_id), self.thumbnail(job_id), self.spritesheet(job_id)
 
     def delete(self, job_id: str) -> None:
-        """Removes a job's clip, if there is one."""
-        self.video(job_id).unlink(missing_ok=True)
+        """Removes a job's files, if there are any."""
+        for path in self._files(job_id):
+            path.unlink(missing_ok=True)
 
     def prepare(self) -> None:
         """Creates the folders, readable by this user alone."""
@@ -65,7 +86,7 @@ class Storage:
 
     def sweep(self, keep: Iterable[str]) -> None:
         """Removes what no job in `keep` owns: half-written clips and those whose row never said complete."""
-        names = {f"{job_id}.mp4" for job_id in keep}
+        names = {path.name for job_id in keep for path in self._files(job_id)}
         for path in self.videos.iterdir():
             if path.name not in names:
                 with contextlib.suppress(FileNotFoundError):

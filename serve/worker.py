@@ -2,7 +2,7 @@
 
 It talks JSON, never pickle. It dies with its parent in two ways, since either alone can fail: the kernel's parent-death
 signal, and the end of the pipe. A cancel arrives on the same pipe while a clip is being made and is obeyed at the next
-denoising step, before decoding, and before the file is written.
+denoising step, between decoded chunks, and before the file is written.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import queue
 import signal
 import sys
 import threading
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, MutableSequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from .counters import Counters
+from .making import Bench, Cancelled, free, make
 from .settings import Settings
 from .storage import Storage
 
@@ -28,18 +28,14 @@ log = logging.getLogger("wan_serve.worker")
 PR_SET_PDEATHSIG = 1
 
 
-class Cancelled(Exception):
-    """The job was cancelled while it ran."""
-
-
 class Line:
     """The pipe to the HTTP process: a thread reads its commands, any thread may tell it something."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, counters: Counters) -> None:
         self.jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._connection = connection
+        self._connection, self._counters = connection, counters
         self._lock = threading.Lock()
-        self._cancelled: set[str] = set()
+        self._cancelled: dict[str, int] = {}  # and the count of steps when that was heard
         threading.Thread(target=self._read, name="commands", daemon=True).start()
 
     def tell(self, event: str, **data: Any) -> None:
@@ -52,6 +48,10 @@ class Line:
         if job_id in self._cancelled:
             raise Cancelled
 
+    def steps_when_cancelled(self, job_id: str) -> int:
+        """How many steps this process had done when it was told to give the job up."""
+        return self._cancelled.pop(job_id)
+
     def _read(self) -> None:
         while True:
             try:
@@ -61,11 +61,11 @@ class Line:
             if command["do"] == "generate":
                 self.jobs.put(command)
             else:
-                self._cancelled.add(command["job"])
+                self._cancelled.setdefault(command["job"], self._counters.read()["steps"])
 
 
-def main(connection: Connection, settings: Settings, parent: int) -> None:
-    """The process, from start to its parent's end."""
+def main(connection: Connection, settings: Settings, parent: int, shared: MutableSequence[int]) -> None:
+    """The process, from start to its parent's end. `shared` holds its counters."""
     _die_with(parent)
     for number in (
         signal.SIGINT,
@@ -75,7 +75,8 @@ def main(connection: Connection, settings: Settings, parent: int) -> None:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s"
     )
-    line = Line(connection)
+    counters = Counters(shared)
+    line = Line(connection, counters)
     try:
         pipe, facts = _prepare(line, settings)
     except Exception as error:
@@ -86,10 +87,9 @@ def main(connection: Connection, settings: Settings, parent: int) -> None:
         line.tell("fatal", message=f"{type(error).__name__}: {error}")
         sys.exit(1)
     line.tell("ready", **facts)
-    storage = Storage(settings.data_dir)
+    bench = Bench(pipe, Storage(settings.data_dir), counters, line.tell, line.check, settings.embed_metadata)
     while True:
-        command = line.jobs.get()
-        _run(line, pipe, command["job"], command["request"], storage)
+        _work(line, bench, line.jobs.get())
 
 
 def _die_with(parent: int) -> None:
@@ -110,85 +110,47 @@ def _quiet_libraries() -> None:
 def _prepare(line: Line, settings: Settings) -> tuple[Any, dict[str, Any]]:
     """The pipeline, warm, and what there is to say about it."""
     line.tell("phase", phase="importing")
-    import wan_runtime
-
-    _quiet_libraries()
+    from . import warming
 
     line.tell("phase", phase="loading")
-    pipe = wan_runtime.load_pipeline(**settings.pipeline_options())
-    profile = wan_runtime.clip_profile(pipe)
+    pipe = warming.load(settings)
     line.tell("phase", phase="warming")
-    least = replace(
-        profile.request("warm-up", seed=0), width=8 * profile.size_multiple, height=8 * profile.size_multiple,
-        num_frames=5, num_inference_steps=1,
-    )  # fmt: skip
-    wan_runtime.generate(pipe, least)
-    return pipe, {"profile": asdict(profile), "facts": _facts(pipe)}
+    return pipe, warming.warm(pipe)
 
 
-def _facts(pipe: Any) -> dict[str, Any]:
-    """What runs: who wrote the file, and how many layers are held and multiplied in which way."""
-    import wan_runtime
-
-    report = wan_runtime.patch(pipe.transformer)  # patched already, by load: this only hands out its report
-    ways = Counter((layer.format, layer.compute, layer.backend) for layer in report.quantised)
-    for note in report.notes:
-        log.info("%s", note)
-    return {
-        "variant": report.variant,
-        "dialect": report.dialect,
-        "quantised_layers": [
-            {"layers": count, "format": held, "compute": compute, "backend": backend}
-            for (held, compute, backend), count in ways.items()
-        ],
-        "notes": list(report.notes),
-        "device": str(pipe.transformer.device),
-        "dtype": report.dtype,
-    }
-
-
-def _run(line: Line, pipe: Any, job_id: str, asked: Mapping[str, Any], storage: Storage) -> None:
+def _work(line: Line, bench: Bench, command: Mapping[str, Any]) -> None:
     """One job; whatever happens, exactly one of done, cancelled or failed is told."""
-    try:
-        _make(line, pipe, job_id, asked, storage)
-        line.tell("done", job=job_id)
-    except Cancelled:
-        log.info("%s was cancelled", job_id)
-        line.tell("cancelled", job=job_id)
-    except Exception as error:
-        code, message = _explain(error, asked)
-        if code == "generation_failed":
-            log.exception("%s failed", job_id)
-        line.tell("failed", job=job_id, code=code, message=message)
+    job_id = command["job"]
+    outcome = make(bench, job_id, command["request"], command["made_with"])
+    data = dict(outcome.data)
+    if outcome.event == "cancelled":
+        later = bench.counters.read()["steps"] - line.steps_when_cancelled(job_id)
+        log.info("%s was cancelled: it stopped %d steps after this process was told", job_id, later)
+    if data.get("code") != "out_of_memory":
+        line.tell(outcome.event, job=job_id, **data)
+        return
+    line.tell(
+        "phase", phase="checking"
+    )  # first: no other job is to come until the model has shown that it works
+    line.tell(outcome.event, job=job_id, **data)
+    _check_health(line, bench)
 
 
-def _make(line: Line, pipe: Any, job_id: str, asked: Mapping[str, Any], storage: Storage) -> None:
+def _check_health(line: Line, bench: Bench) -> None:
+    """After memory ran out: a small clip decides whether this process can go on. If not, another takes its place."""
     import wan_runtime
 
-    request = wan_runtime.ClipRequest(**asked)
+    from .warming import health_clip
 
-    def on_step(done: int, steps: int) -> None:
-        line.tell("phase", job=job_id, phase="denoise" if done < steps else "decode", step=done)
-        line.check(job_id)
-
-    line.check(job_id)
-    line.tell("phase", job=job_id, phase="text", step=0)
-    clip = wan_runtime.generate(pipe, request, on_step)
-    line.check(job_id)
-    line.tell("phase", job=job_id, phase="encode", step=request.num_inference_steps)
-    wan_runtime.write_video(clip.frames, storage.video(job_id), request.fps)
-
-
-def _explain(error: Exception, asked: Mapping[str, Any]) -> tuple[str, str]:
-    """What a client is told about a failure: a code, and a sentence with the remedy where there is one."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()
-        size = f"{asked['width']}x{asked['height']} with {asked['num_frames']} frames"
-        return (
-            "out_of_memory",
-            f"The device has not enough free memory for {size}. Ask for a smaller or shorter clip.",
+    try:
+        wan_runtime.generate(bench.pipe, health_clip(wan_runtime.clip_profile(bench.pipe)))
+    except Exception as error:
+        log.error("the model does not work after memory ran out (%s): another worker is to be started", error)
+        line.tell(
+            "broken",
+            message=f"it failed a health check after memory ran out: {type(error).__name__}: {error}",
         )
-    code = getattr(error, "code", None)
-    return code if isinstance(code, str) else "generation_failed", f"{type(error).__name__}: {error}"[:1000]
+        sys.exit(1)
+    free(bench.pipe)
+    log.info("the model works after memory ran out: this process goes on")
+    line.tell("phase", phase="ready")

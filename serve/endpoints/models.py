@@ -32,6 +32,7 @@ def _describe(served: Services) -> dict[str, Any]:
         "phase": state.phase,
         "limits_and_defaults": profile_fields(state.profile) if state.profile else None,
         "runtime": state.facts or None,
+        "worker": {"pid": state.pid, **state.counters.read()},
     }
 
 

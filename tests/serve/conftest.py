@@ -21,6 +21,7 @@ import pytest
 START_SECONDS = 300
 # One thread: on a busy machine OpenMP's threads wait for each other many times longer than they work.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+SOAK = "WAN_SOAK" in os.environ  # `make soak`: the same tests with their large counts
 QUICK: dict[str, Any] = {"num_frames": 5, "width": 64, "height": 64, "num_inference_steps": 2}
 
 

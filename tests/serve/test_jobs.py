@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from wan_runtime.serve.jobs import MIGRATIONS, Job, JobStore
+from wan_runtime.serve.jobs import Job, JobStore, KeyReused, QueueFull, Terms
+from wan_runtime.serve.schema import MIGRATIONS
 
 REQUEST = {"prompt": "a circle", "num_inference_steps": 30}
 
@@ -112,28 +113,119 @@ def test_pages_follow_a_cursor_both_ways(store: JobStore) -> None:
 def test_a_place_in_the_queue_counts_who_is_before(store: JobStore) -> None:
     jobs = add(store, *"abc")
     claimed(store)
-    assert [store.queued_before(job) for job in jobs[1:]] == [0, 1]
+    assert [store.waiting(job)[0] for job in jobs[1:]] == [0, 1]
+    assert store.waiting()[0] == 2
+
+
+def nothing(job_id: str) -> int:
+    """The bytes of a job's files where there are none."""
+    return 0
+
+
+def test_a_running_job_whose_file_is_whole_is_complete_after_a_restart(store: JobStore) -> None:
+    add(store, "a", "b")
+    claimed(store)
+    store.recover({"a": 77}.__getitem__)
+    done = get(store, "a")
+    assert (done.status, done.bytes, done.progress) == ("completed", 77, 100)
+    assert get(store, "b").status == "queued"
+
+
+def test_a_job_whose_worker_ended_is_begun_once_more_then_failed_with_the_reason(store: JobStore) -> None:
+    add(store, "a")
+    store.interrupted(claimed(store), "worker_died", "It was killed.")
+    assert (get(store, "a").status, get(store, "a").attempts) == ("queued", 1)
+    store.interrupted(claimed(store), "worker_died", "It was killed.")
+    failed = get(store, "a")
+    assert (failed.status, failed.error_code, failed.attempts) == ("failed", "worker_died", 2)
+    assert failed.error_message == "It was killed. It had been begun 2 times, so it is not begun again."
+
+
+def test_the_queue_is_bounded_by_predicted_seconds_under_concurrent_creates(store: JobStore) -> None:
+    taken: list[str] = []
+    full: list[QueueFull] = []
+
+    def ask(name: str) -> None:
+        try:
+            terms = Terms(cost_seconds=10, max_queue_seconds=45)
+            taken.append(store.add(name, "wan-tiny", REQUEST, terms=terms).id)
+        except QueueFull as error:
+            full.append(error)
+
+    threads = [threading.Thread(target=ask, args=(f"v{n}",)) for n in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(taken), len(full)) == (4, 8)
+    assert all((error.jobs, error.seconds) == (4, 40) for error in full)
+
+
+def test_an_empty_queue_takes_any_job(store: JobStore) -> None:
+    store.add("a", "wan-tiny", REQUEST, terms=Terms(cost_seconds=99, max_queue_seconds=1))
+    with pytest.raises(QueueFull):
+        store.add("b", "wan-tiny", REQUEST, terms=Terms(max_queue_jobs=1))
+
+
+def test_an_idempotency_key_makes_one_job_for_each_owner(store: JobStore) -> None:
+    terms = Terms(key="k", fingerprint="f")
+    first = store.add("a", "wan-tiny", REQUEST, owner="x", terms=terms)
+    assert store.add("b", "wan-tiny", REQUEST, owner="x", terms=terms).id == first.id == "a"
+    assert store.add("c", "wan-tiny", REQUEST, owner="y", terms=terms).id == "c"
+    assert store.add("d", "wan-tiny", REQUEST, terms=terms).id == "d"
+    assert store.add("e", "wan-tiny", REQUEST, terms=terms).id == "d"
+    with pytest.raises(KeyReused):
+        store.add("f", "wan-tiny", REQUEST, owner="x", terms=Terms(key="k", fingerprint="g"))
+    assert store.get("f") is None
+    store.delete("a", unless="in_progress")
+    assert store.by_key("x", "k") is None
+
+
+def test_what_a_clip_was_made_with_is_kept_from_its_beginning(store: JobStore) -> None:
+    add(store, "a")
+    job = store.claim({"model": "wan-tiny"})
+    assert job is not None and job.made_with == {"model": "wan-tiny"}
+
+
+def test_every_older_schema_is_migrated_with_its_jobs(tmp_path: Path) -> None:
+    for version in range(1, len(MIGRATIONS)):
+        path = tmp_path / f"{version}.sqlite3"
+        with sqlite3.connect(path) as db:
+            for script in MIGRATIONS[:version]:
+                db.executescript(script)
+            db.execute(
+                "INSERT INTO jobs (id, status, model, request, created_at) VALUES ('a', 'queued', 'm', '{}', 1)"
+            )
+            db.execute(f"PRAGMA user_version = {version}")
+        db.close()
+        store = JobStore(path)
+        job = get(store, "a")
+        assert (job.status, job.owner, job.cost_seconds, job.bytes) == ("queued", None, 0, 0)
+        store.close()
 
 
 def test_a_running_job_gets_one_more_chance_after_a_restart(store: JobStore, path: Path) -> None:
     add(store, "a", "b")
     claimed(store)
     store.progress("a", phase="denoise", step=3)
-    store.recover()
+    store.recover(nothing)
     again = get(store, "a")
     assert (again.status, again.step, again.phase, again.attempts) == ("queued", 0, None, 1)
     assert claimed(store).id == "a"  # before b, where it was
-    store.recover()
+    store.progress("a", phase="denoise", step=7)
+    store.recover(nothing)
     failed = get(store, "a")
     assert (failed.status, failed.error_code) == ("failed", "server_restarted")
-    assert failed.error_message == "The server stopped 2 times while this job ran."
+    assert failed.error_message is not None
+    assert "in the phase 'denoise', after 7 steps" in failed.error_message
+    assert "begun 2 times" in failed.error_message
     assert get(store, "b").status == "queued"
 
 
 def test_an_orderly_stop_counts_as_no_attempt(store: JobStore) -> None:
     add(store, "a")
     claimed(store)
-    store.requeue("a")
+    store.requeue("a", counts=False)
     assert (get(store, "a").status, get(store, "a").attempts) == ("queued", 0)
 
 

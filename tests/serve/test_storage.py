@@ -40,9 +40,21 @@ def test_a_sweep_removes_what_no_job_owns(storage: Storage) -> None:
     kept, orphan = new_id(), new_id()
     for one in (kept, orphan):
         storage.video(one).write_bytes(b"clip")
+        storage.thumbnail(one).write_bytes(b"still")
     (storage.videos / f".{kept}.mp4.77.part").write_bytes(b"half")
     storage.sweep([kept])
-    assert list(storage.videos.iterdir()) == [storage.video(kept)]
+    assert set(storage.videos.iterdir()) == {storage.video(kept), storage.thumbnail(kept)}
+
+
+def test_a_job_has_a_size_only_once_its_clip_which_comes_last_is_there(storage: Storage) -> None:
+    one = new_id()
+    storage.thumbnail(one).write_bytes(b"still")
+    storage.spritesheet(one).write_bytes(b"sheet")
+    assert storage.size(one) == 0
+    storage.video(one).write_bytes(b"clip")
+    assert storage.size(one) == len(b"still" + b"sheet" + b"clip")
+    storage.delete(one)
+    assert storage.size(one) == 0 and not list(storage.videos.iterdir())
 
 
 def test_deleting_twice_is_harmless(storage: Storage) -> None:

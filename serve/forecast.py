@@ -1,0 +1,62 @@
+"""When jobs will be done: what is left of the running one, and what was predicted for those that wait before one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from wan_runtime import ClipRequest
+
+from . import costs
+from .jobs import Job, JobStore
+from .state import EngineState
+
+POLL_SHARE = 50  # a client that polls this often until the end sees every two percent
+POLL_MS = (250, 5000)
+
+
+class Forecast:
+    """Predictions from the current state. All of them are 0 until the model has been warmed up."""
+
+    def __init__(self, store: JobStore, state: Callable[[], EngineState]) -> None:
+        self._store, self._state = store, state
+
+    def seconds(self, request: Mapping[str, Any] | ClipRequest) -> float:
+        """How long a clip will take, once it is begun."""
+        state = self._state()
+        if state.speed is None or state.profile is None:
+            return 0.0
+        return costs.clip_seconds(state.speed, _request(request), state.profile)
+
+    def left(self, job: Job) -> float:
+        """What is left of a running job."""
+        state = self._state()
+        if state.speed is None or state.profile is None:
+            return 0.0
+        request = _request(job.request)
+        tail = costs.tail_seconds(state.speed, request)
+        if job.phase in ("decode", "encode"):
+            return tail
+        if job.step == 0:
+            return costs.clip_seconds(state.speed, request, state.profile)
+        step = costs.step_seconds(state.speed, request, state.profile.size_multiple)
+        return (request.num_inference_steps - job.step) * step + tail
+
+    def eta(self, job: Job) -> float | None:
+        """Seconds until a queued or running job is done, or None for one that has ended."""
+        if job.status == "in_progress":
+            return self.left(job)
+        if job.status != "queued":
+            return None
+        _, before = self._store.waiting(job)
+        running = sum(map(self.left, self._store.with_status("in_progress")))
+        return running + before + self.seconds(job.request)
+
+    def poll_after_ms(self, job: Job) -> int:
+        """When to ask for this job again. The client reads this once, on its first poll."""
+        low, high = POLL_MS
+        return round(min(max(1000 * (self.eta(job) or 0.0) / POLL_SHARE, low), high))
+
+
+def _request(request: Mapping[str, Any] | ClipRequest) -> ClipRequest:
+    return request if isinstance(request, ClipRequest) else ClipRequest(**request)

@@ -1,0 +1,142 @@
+"""One job in the worker: from a request to its files, given up at the next step or decoded chunk if told to."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import pictures
+from .counters import Counters
+from .storage import Storage
+
+log = logging.getLogger("wan_serve.worker")
+LACK = ("allocate memory", "not enough memory", "bad_alloc")  # how torch's CPU allocators and C++ say it
+
+
+class Cancelled(Exception):
+    """The job was cancelled while it ran."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What one worker makes clips with. `tell(event, **data)` reports; `check(job)` raises Cancelled."""
+
+    pipe: Any
+    storage: Storage
+    counters: Counters
+    tell: Callable[..., None]
+    check: Callable[[str], None]
+    embed: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: `done` with its files' bytes, `cancelled`, or `failed` with a code and a message."""
+
+    event: str
+    data: Mapping[str, Any]
+
+
+def make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mapping[str, Any]) -> Outcome:
+    """Makes one job's files, whole or not at all. All its memory is free again when this returns."""
+    try:
+        outcome = Outcome("done", {"size": _make(bench, job_id, asked, made_with)})
+    except Cancelled:
+        outcome = Outcome("cancelled", {})
+    except Exception as error:
+        code, message = explain(error, asked)
+        if code == "generation_failed":
+            log.exception("%s failed", job_id)
+        outcome = Outcome("failed", {"code": code, "message": message})
+    free(bench.pipe)  # not earlier: the exception's traceback holds the frames, and they the tensors
+    return outcome
+
+
+def free(pipe: Any) -> None:
+    """Gives back what a clip that ended early, or any clip, has left behind."""
+    import torch
+
+    pipe.vae.clear_cache()  # a decoding that was stopped leaves its feature maps there
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mapping[str, Any]) -> int:
+    import wan_runtime
+
+    request = wan_runtime.ClipRequest(**asked)
+    steps = request.num_inference_steps
+    bench.check(job_id)
+    bench.tell("phase", job=job_id, phase="text", step=0)
+
+    def on_step(done: int, steps: int) -> None:
+        bench.counters.count("steps")
+        bench.tell("phase", job=job_id, phase="denoise" if done < steps else "decode", step=done)
+        bench.check(job_id)
+
+    def on_chunk() -> None:
+        bench.counters.count("chunks")
+        bench.check(job_id)
+
+    with _between_chunks(bench.pipe.vae, on_chunk):
+        clip = wan_runtime.generate(bench.pipe, request, on_step)
+    bench.check(job_id)
+    bench.tell("phase", job=job_id, phase="encode", step=steps)
+    storage = bench.storage
+    pictures.write_thumbnail(clip.frames, storage.thumbnail(job_id))
+    pictures.write_spritesheet(clip.frames, storage.spritesheet(job_id))
+    bench.check(job_id)
+    tags = {"comment": json.dumps({**made_with, "request": dict(asked)})} if bench.embed else {}
+    # the clip comes last: where it is, the job is complete
+    wan_runtime.write_video(clip.frames, storage.video(job_id), request.fps, tags)
+    bench.counters.count("clips")
+    return storage.size(job_id)
+
+
+@contextlib.contextmanager
+def _between_chunks(vae: Any, on_chunk: Callable[[], None]) -> Iterator[None]:
+    """Calls `on_chunk` before each latent frame (or tile of one) is decoded; what it raises ends the decoding."""
+    hook = vae.decoder.register_forward_pre_hook(lambda *_: on_chunk())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LACK)
+
+
+def explain(error: Exception, asked: Mapping[str, Any]) -> tuple[str, str]:
+    """What a client is told about a failure: a code, and a sentence with the remedy where there is one."""
+    if is_lack_of_memory(error):
+        width, height, frames = asked["width"], asked["height"], asked["num_frames"]
+        fewer = max((frames // 2) // 4 * 4 + 1, 1)
+        return (
+            "out_of_memory",
+            f"There was not enough free memory for {width}x{height} with {frames} frames{_memory()}. Ask for about "
+            f"{fewer} frames, or for about {round(width * 0.7)}x{round(height * 0.7)}: either halves the need.",
+        )
+    code = getattr(error, "code", None)
+    return code if isinstance(code, str) else "generation_failed", f"{type(error).__name__}: {error}"[:1000]
+
+
+def _memory() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    free_bytes, total = torch.cuda.mem_get_info()
+    peak = torch.cuda.max_memory_allocated()
+    return f" (peak {peak / 2**30:.1f} GiB, {free_bytes / 2**30:.1f} of {total / 2**30:.1f} GiB free now)"
