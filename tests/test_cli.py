@@ -181,13 +181,14 @@ def test_bench_times_every_multiplier_that_serves_against_bf16() -> None:
     status, text, said = quick("bench", *small, "--json")
     assert status == 0, said
     found = json.loads(text)
-    assert {t["linear"] for t in found["timings"]} == {"attention", "ffn.0", "ffn.2"}
+    assert {t["linear"] for t in found["timings"]} == {"attention", "ffn.0", "ffn.2", "self-attention"}
     contenders = {t["contender"] for t in found["timings"]}
     assert {"bf16", "torch: fp8 in bf16", "torch: nvfp4 in bf16"} <= contenders
     assert "need a CUDA GPU" in found["refusals"]["torch: fp8 in fp8"]
+    assert "sdpa" in contenders and "Hopper" in found["refusals"]["self-attention: fa3"]
     for t in found["timings"]:
         assert t["milliseconds"] > 0
-        assert t["contender"] != "bf16" or t["speedup"] == 1
+        assert t["contender"] not in ("bf16", "sdpa") or t["speedup"] == 1
     assert quick("bench", *small[:-4], "--rounds", 0)[0] == 2
 
 

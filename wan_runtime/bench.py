@@ -1,12 +1,14 @@
-"""Times the Linears of a WAN block on this machine: every multiplier that serves here, against bf16, in one run.
+"""Times the Linears and the self-attention of a WAN block on this machine: every multiplier that serves here against
+bf16, and every attention against torch's SDPA, in one run.
 
-The contenders take turns, so that clocks and heat are the same for all, and each gets its median. A Linear is not a
-clip: attention takes much of a forward. But it is what changes when a format, a backend or a driver does.
+The contenders take turns, so that clocks and heat are the same for all, and each gets its median. They are not a clip,
+but they are most of one, and what changes when a format, a backend or a driver does.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 import time
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 
+from wan_runtime.attention import ATTENTIONS, refused
 from wan_runtime.backends import BACKENDS, device_named
 from wan_runtime.errors import InvalidOption
 from wan_runtime.formats import FORMATS
@@ -24,6 +27,8 @@ from wan_runtime.report import as_text
 
 WARMUP = 2
 BASELINE = "bf16"
+ATTENTION, ATTENTION_BASELINE = "self-attention", "sdpa"
+HEAD = 128  # of every WAN model
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,11 @@ class Sizes:
     dim: int
     ffn: int
     tokens: int
+
+    @property
+    def heads(self) -> int:
+        """Attention heads, at least one."""
+        return max(self.dim // HEAD, 1)
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -50,7 +60,8 @@ CPU_SIZES = Sizes(dim=512, ffn=2048, tokens=1024)
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender on one Linear: median milliseconds, and how many times faster than bf16."""
+    """One contender on one Linear, or on self-attention: median milliseconds, and how many times faster than bf16 (for
+    an attention: than SDPA)."""
 
     linear: str
     contender: str
@@ -82,11 +93,12 @@ class Benchmark:
             caption="\n".join(f"{name}: {why}" for name, why in self.refusals.items()) or None,
             caption_justify="left",
         )
-        for heading in ("Linear", "multiplier", "ms", "times bf16", "TFLOPS"):
+        for heading in ("Linear", "multiplier", "ms", "times baseline", "TFLOPS"):
             table.add_column(heading, justify="left" if heading in ("Linear", "multiplier") else "right")
         for t in self.timings:
             cells = f"{t.milliseconds:.3f}", f"{t.speedup:.2f}", f"{t.tflops:.1f}"
-            table.add_row(f"{t.linear} {list(self.sizes.linears[t.linear])}", t.contender, *cells)
+            shape = self.sizes.linears.get(t.linear, (self.sizes.heads, HEAD))
+            table.add_row(f"{t.linear} {list(shape)}", t.contender, *cells)
         return table
 
     def __str__(self) -> str:
@@ -99,7 +111,8 @@ def default_sizes(device: str | None = None) -> Sizes:
 
 
 def measure(sizes: Sizes | None = None, *, device: str | None = None, rounds: int = 20) -> Benchmark:
-    """Time every multiplier on a block's Linears with bias, bf16 in and out, activations quantised in the call.
+    """Time every multiplier on a block's Linears with bias, bf16 in and out, activations quantised in the call, and
+    every attention on its self-attention.
 
     `sizes` is `default_sizes` where it is None. Raises InvalidOption for sizes or rounds below 1.
     """
@@ -111,6 +124,7 @@ def measure(sizes: Sizes | None = None, *, device: str | None = None, rounds: in
     refusals: dict[str, str] = {}
     for name, (out, inp) in sizes.linears.items():
         timings += _timed(name, out, inp, sizes.tokens, where, rounds, refusals)
+    timings += _attentions(sizes, where, rounds, refusals)
     gpu = torch.cuda.get_device_name(where) if where.type == "cuda" else "the CPU"
     return Benchmark(gpu, torch.__version__, sizes, rounds, tuple(timings), refusals)
 
@@ -122,17 +136,44 @@ def _timed(
     rows = torch.randn(tokens, inp, device=device, dtype=torch.bfloat16, generator=generator)
     weight = torch.randn(out, inp, device=device, generator=generator) * 0.03
     contenders = dict(_contenders(weight, refusals))
-    samples: dict[str, list[float]] = {contender: [] for contender in contenders}
-    with torch.inference_mode():
-        for turn in range(WARMUP + rounds):
-            for contender, layer in contenders.items():
-                taken = _milliseconds(layer, rows)
-                if turn >= WARMUP:
-                    samples[contender].append(taken)
-    medians = {contender: statistics.median(taken) for contender, taken in samples.items()}
+    medians = _raced(
+        {name: functools.partial(layer, rows) for name, layer in contenders.items()}, device, rounds
+    )
     for contender, median in medians.items():
         tflops = 2 * tokens * out * inp / median / 1e9
         yield Timing(name, contender, median, medians[BASELINE] / median, tflops)
+
+
+def _attentions(
+    sizes: Sizes, device: torch.device, rounds: int, refusals: dict[str, str]
+) -> Iterator[Timing]:
+    """Self-attention at the block's size by every attention that serves here, in bf16."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (3, 1, sizes.tokens, sizes.heads, HEAD)
+    q, k, v = torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
+    reasons = {name: refused(name, device, torch.bfloat16, HEAD) for name in ATTENTIONS}
+    refusals |= {f"{ATTENTION}: {name}": reason for name, reason in reasons.items() if reason is not None}
+    serving = [name for name, reason in reasons.items() if reason is None]
+    medians = _raced(
+        {name: functools.partial(ATTENTIONS[name].attend, q, k, v) for name in serving}, device, rounds
+    )
+    for name, median in medians.items():
+        tflops = 4 * sizes.tokens**2 * sizes.heads * HEAD / median / 1e9
+        yield Timing(ATTENTION, name, median, medians[ATTENTION_BASELINE] / median, tflops)
+
+
+def _raced(
+    contenders: dict[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, float]:
+    """Each contender's median milliseconds; they take turns."""
+    samples: dict[str, list[float]] = {contender: [] for contender in contenders}
+    with torch.inference_mode():
+        for turn in range(WARMUP + rounds):
+            for contender, call in contenders.items():
+                taken = _milliseconds(call, device)
+                if turn >= WARMUP:
+                    samples[contender].append(taken)
+    return {contender: statistics.median(taken) for contender, taken in samples.items()}
 
 
 def _contenders(
@@ -159,14 +200,14 @@ def _contenders(
                 )  # fmt: skip
 
 
-def _milliseconds(layer: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> float:
-    if rows.device.type != "cuda":
+def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
         began = time.perf_counter()
-        layer(rows)
+        call()
         return (time.perf_counter() - began) * 1e3
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    layer(rows)
+    call()
     stop.record()
     stop.synchronize()
     return float(start.elapsed_time(stop))
