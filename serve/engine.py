@@ -72,7 +72,8 @@ class Engine:
         """Ends the worker, puts its job back into the queue, and waits until both are done."""
         self._stopping.set()
         self.wake()
-        self._thread.join()
+        if self._thread.ident is not None:  # it was started
+            self._thread.join()
         self._wake_in.close()
         self._wake_out.close()
 

@@ -46,6 +46,7 @@ def make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mapping
     """Makes one job's files, whole or not at all. All its memory is free again when this returns."""
     try:
         outcome = Outcome("done", {"size": _make(bench, job_id, asked, made_with)})
+        log.info("%s is done", job_id)
     except Cancelled:
         outcome = Outcome("cancelled", {})
     except Exception as error:

@@ -32,7 +32,8 @@ class Sweeper:
     def stop(self) -> None:
         """Ends, and waits until it has."""
         self._stopping.set()
-        self._thread.join()
+        if self._thread.ident is not None:  # it was started
+            self._thread.join()
 
     def _work(self) -> None:
         while not self._stopping.wait(self._settings.sweep_seconds):
