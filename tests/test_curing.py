@@ -13,8 +13,8 @@ from wan_runtime.formats import FORMATS
 from wan_runtime.gpus import Driver, Gpu
 from wan_runtime.kernels import refused as kernels_refused
 
-H200 = Driver((13, 0), (Gpu("NVIDIA H200", (9, 0)),))
-RTX5090 = Driver((12, 8), (Gpu("NVIDIA GeForce RTX 5090", (12, 0)),))
+H200 = Driver((13, 0), (Gpu("NVIDIA H200", (9, 0), 141 * 2**30),))
+RTX5090 = Driver((12, 8), (Gpu("NVIDIA GeForce RTX 5090", (12, 0), 32 * 2**30),))
 
 
 def test_every_refusal_of_this_machine_has_a_fix_of_its_own() -> None:

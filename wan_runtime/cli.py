@@ -66,13 +66,16 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Say what a checkpoint is and who wrote it, from its header alone. A bad file does not hide the others."""
-    import wan_runtime
+    from wan_runtime.later import import_later
+
+    import_later("torch")  # a header needs none of it, and importing it takes longer than all the rest
+    from wan_runtime.inspecting import inspect_checkpoint
 
     fields: list[dict[str, object]] = []
     statuses = [0]
     for file in files:
         try:
-            result = wan_runtime.inspect(file, dialect=dialect)
+            result = inspect_checkpoint(file, dialect)
         except WanRuntimeError as error:
             complain(str(error))
             statuses.append(status_of(error))

@@ -46,7 +46,7 @@ MEETINGS = (
 # What it takes to contradict a mark rather than to suggest an answer.
 WIDE_RATIO = 1.3
 WIDE_CORRELATION = 0.3
-Order = Callable[[torch.Tensor], torch.Tensor]
+Order = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,16 @@ import ctypes
 from dataclasses import dataclass
 
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-FP8_SINCE, HOPPER, FP4_SINCE = (8, 9), (9, 0), (10, 0)  # compute capabilities with tensor cores of that kind
+FP8_SINCE, HOPPER = (8, 9), (9, 0)  # compute capabilities: FP8 tensor cores, and FlashAttention 3
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: its name and its compute capability."""
+    """One GPU: its name, its compute capability and the bytes of its memory."""
 
     name: str
     capability: tuple[int, int]
+    memory: int
 
 
 @dataclass(frozen=True)
@@ -52,4 +53,6 @@ def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
         value = ctypes.c_int()
         cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         numbers.append(value.value)
-    return Gpu(name.value.decode(errors="replace"), (numbers[0], numbers[1]))
+    memory = ctypes.c_size_t()
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    return Gpu(name.value.decode(errors="replace"), (numbers[0], numbers[1]), memory.value)

@@ -18,23 +18,55 @@ import torch
 
 from wan_runtime.errors import BadTensor, CheckpointError
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+NAMES: Mapping[str, tuple[str, int]] = {  # a file's dtype -> torch's name for it, and its bytes
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
-SPELLINGS = {dtype: name for name, dtype in DTYPES.items()}
-Read = Callable[[str], torch.Tensor]  # key -> its tensor: the file's dtype and shape, on the CPU
+SIZES: Mapping[str, int] = {name: size for name, (_, size) in NAMES.items()}
+
+
+class _Dtypes(Mapping[str, "torch.dtype"]):
+    """A file's dtype -> torch's, looked up when it is asked for: reading a header alone needs no torch."""
+
+    def __getitem__(self, name: str) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, NAMES[name][0])
+        return dtype
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(NAMES)
+
+    def __len__(self) -> int:
+        return len(NAMES)
+
+
+class _Spellings(Mapping["torch.dtype", str]):
+    """The reverse: torch's dtype -> a file's."""
+
+    def __getitem__(self, dtype: torch.dtype) -> str:
+        return _BY_TORCH_NAME[str(dtype)]
+
+    def __iter__(self) -> Iterator[torch.dtype]:
+        return iter(DTYPES.values())
+
+    def __len__(self) -> int:
+        return len(NAMES)
+
+
+_BY_TORCH_NAME = {f"torch.{known}": name for name, (known, _) in NAMES.items()}
+DTYPES: Mapping[str, torch.dtype] = _Dtypes()
+SPELLINGS: Mapping[torch.dtype, str] = _Spellings()
+Read = Callable[[str], "torch.Tensor"]  # key -> its tensor: the file's dtype and shape, on the CPU
 
 
 @dataclass(frozen=True)
@@ -92,6 +124,16 @@ class Header:
         entry = self.entries[key]
         if entry.numel == 0:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        return torch.frombuffer(self._read(key), dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def read_bytes(self, key: str) -> bytes:
+        """One tensor's bytes as they lie in the file."""
+        if self.mapped:
+            return bytes(self.mapped[key].contiguous().flatten().view(torch.uint8).tolist())
+        return bytes(self._read(key))
+
+    def _read(self, key: str) -> bytearray:
+        entry = self.entries[key]
         data = bytearray(entry.nbytes)
         try:
             with open(entry.file, "rb") as file:
@@ -101,7 +143,7 @@ class Header:
             raise CheckpointError(entry.file, f"it cannot be read any more ({error}).") from error
         if read != entry.nbytes:
             raise BadTensor(entry.file, key, "the file became shorter while it was read.")
-        return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+        return data
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Read]:

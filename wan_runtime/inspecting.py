@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.table import Table
-
+from wan_runtime import gpus, prospects, rules
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint
 from wan_runtime.names import noise_in
-from wan_runtime.report import as_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint in figures. `formats` and `kept` count modules and tensors; `odd` lists what a user should know."""
+    """A checkpoint in figures.
+
+    formats  how many layers are quantised, by format.
+    high     block Linears that are not: (name in the block) -> the blocks, as "0-2, 39".
+    kept     how many other tensors there are, by dtype.
+    runs     format -> how it would be multiplied on this machine, and how fast that is; `machine` says on what.
+    odd      what a user should know.
+    """
 
     path: str
     bytes: int
@@ -29,9 +41,12 @@ class Inspection:
     dialect: str
     evidence: str
     formats: Mapping[str, int]
+    high: Mapping[str, str]
     kept: Mapping[str, int]
     tensors: int
     input_scales: int
+    machine: str
+    runs: Mapping[str, str]
     odd: tuple[str, ...]
 
     def to_dict(self) -> dict[str, object]:
@@ -41,19 +56,28 @@ class Inspection:
         return json.dumps(self.to_dict(), indent=2)
 
     def table(self) -> Table:
+        from rich.table import Table
+
         table = Table(title=self.path, show_header=False)
         table.add_row("model", self.variant)
         table.add_row("written by", f"{self.dialect}: {self.evidence}")
         table.add_row("names", self.names + (f", prefix {self.prefix!r}" if self.prefix else ""))
         table.add_row("quantised layers", _listed(self.formats) or "none")
+        for blocks, names in _by_blocks(self.high).items() if self.formats else ():
+            table.add_row("left unquantised", f"{', '.join(names)} in blocks {blocks}")
         table.add_row("other tensors", _listed(self.kept))
         table.add_row("input scales", f"{self.input_scales} of {sum(self.formats.values())} layers")
         table.add_row("size", f"{self.bytes / 2**20:,.1f} MiB in {self.tensors} tensors")
+        table.add_row("here", self.machine)
+        for name, how in self.runs.items():
+            table.add_row(f"  {name}", how)
         for note in self.odd:
             table.add_row("note", note)
         return table
 
     def __str__(self) -> str:
+        from wan_runtime.report import as_text
+
         return as_text(self.table())
 
 
@@ -63,6 +87,8 @@ def inspect_checkpoint(path: Path | str, dialect: str | None = None) -> Inspecti
     header = checkpoint.header
     variant = dataclasses.asdict(checkpoint.variant)
     name = str(variant.pop("name"))
+    formats = dict(Counter(layer.format for layer in checkpoint.layers.values()))
+    driver = gpus.driver()
     return Inspection(
         path=str(header.path),
         bytes=header.nbytes,
@@ -72,18 +98,80 @@ def inspect_checkpoint(path: Path | str, dialect: str | None = None) -> Inspecti
         prefix=checkpoint.prefix,
         dialect=checkpoint.dialect.name,
         evidence=checkpoint.evidence,
-        formats=dict(Counter(layer.format for layer in checkpoint.layers.values())),
+        formats=formats,
+        high=_high(checkpoint),
         kept=dict(Counter(header.entries[key].dtype for key in checkpoint.plain.values())),
         tensors=len(header.entries),
         input_scales=sum(
             any(s.slot == "input_scale" for s in la.sources) for la in checkpoint.layers.values()
         ),
-        odd=_odd(checkpoint),
+        machine=prospects.machine(driver),
+        runs=prospects.classes(formats, driver),
+        odd=(*_odd(checkpoint), *_uneven(checkpoint), *_tight(header.nbytes, driver)),
     )
 
 
 def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} x {name}" for name, count in counts.items())
+
+
+def _high(checkpoint: Checkpoint) -> dict[str, str]:
+    found: dict[str, list[int]] = {}
+    for path in checkpoint.plain:
+        match = BLOCK.fullmatch(path.removesuffix(".weight"))
+        if match and path.endswith(".weight") and rules.swaps(match[0]):
+            found.setdefault(match[2], []).append(int(match[1]))
+    return {name: _ranges(blocks) for name, blocks in sorted(found.items())}
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Numbers as "0-2, 39"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _by_blocks(high: Mapping[str, str]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for name, blocks in high.items():
+        grouped.setdefault(blocks, []).append(name)
+    return grouped
+
+
+def _uneven(checkpoint: Checkpoint) -> Sequence[str]:
+    """Blocks without a tensor that most have, and block numbers that are skipped: no model fits such a file."""
+    tensors = (*checkpoint.plain, *(f"{path}.weight" for path in checkpoint.layers))
+    held: dict[int, set[str]] = {}
+    for path in tensors:
+        match = BLOCK.fullmatch(path)
+        if match:
+            held.setdefault(int(match[1]), set()).add(match[2])
+    notes = []
+    skipped = sorted(set(range(max(held, default=-1) + 1)) - held.keys())
+    if skipped:
+        notes.append(f"blocks {_ranges(skipped)} are missing; loading will be refused")
+    counts = Counter(name for names in held.values() for name in names)
+    common = {name for name, count in counts.items() if 2 * count > len(held)}
+    lacking = {number: common - names for number, names in held.items() if common - names}
+    if lacking:
+        number, names = next(iter(sorted(lacking.items())))
+        notes.append(
+            f"blocks {_ranges(lacking)} lack tensors that the others have, such as blocks.{number}.{min(names)}; "
+            "loading will be refused"
+        )
+    return notes
+
+
+def _tight(size: int, driver: gpus.Driver | None) -> Sequence[str]:
+    if driver is None or not driver.gpus or size < driver.gpus[0].memory:
+        return ()
+    return (
+        "the weights alone are larger than the GPU's memory: use the host's offload (pipe.enable_model_cpu_offload)",
+    )
 
 
 def _odd(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -22,7 +22,9 @@ def test_the_driver_says_what_torch_says() -> None:
     assert driver is not None
     assert len(driver.gpus) == torch.cuda.device_count()
     for index, gpu in enumerate(driver.gpus):
-        assert gpu == gpus.Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+        found = torch.cuda.get_device_properties(index)
+        assert (gpu.name, gpu.capability) == (found.name, (found.major, found.minor))
+        assert gpu.memory == pytest.approx(found.total_memory, rel=0.02)
     assert torch.version.cuda is not None and driver.cuda >= (int(torch.version.cuda.split(".")[0]), 0)
 
 

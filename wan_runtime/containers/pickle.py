@@ -19,7 +19,6 @@ from wan_runtime.containers.safetensors import looks_like_safetensors
 from wan_runtime.errors import BadTensor, CheckpointError, shown
 from wan_runtime.header import SPELLINGS, Entry, Header
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip archive, or a bare pickle
 
 
@@ -93,7 +92,7 @@ def _tensors(path: Path, content: object) -> dict[str, torch.Tensor]:
     odd = [
         f"{key} ({type(v).__name__})"
         for key, v in content.items()
-        if type(v) not in PLAIN or type(key) is not str
+        if type(v) not in (torch.Tensor, torch.nn.Parameter) or type(key) is not str
     ]
     if odd:
         raise CheckpointError(

@@ -16,7 +16,7 @@ from typing import Any
 from wan_runtime.containers import Container, Found
 from wan_runtime.containers._folders import config_in
 from wan_runtime.errors import BadTensor, CheckpointError
-from wan_runtime.header import DTYPES, Entry, Header
+from wan_runtime.header import SIZES, Entry, Header
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_DIMENSIONS = 16
@@ -94,7 +94,7 @@ def _entry(path: Path, key: str, value: object, data_start: int, size: int) -> E
             pass
         case _:
             raise BadTensor(path, key, f"its header entry is malformed: {str(value)[:120]}.")
-    if dtype not in DTYPES:
+    if dtype not in SIZES:
         raise BadTensor(path, key, f"dtype {dtype!r} is not known.")
     if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n <= size for n in shape):
         raise BadTensor(
@@ -106,7 +106,7 @@ def _entry(path: Path, key: str, value: object, data_start: int, size: int) -> E
             key,
             f"it ends at byte {data_start + end} and the file has {size}: the file is cut short. Download it again.",
         )
-    want = math.prod(shape) * DTYPES[dtype].itemsize
+    want = math.prod(shape) * SIZES[dtype]
     if end - begin != want:
         raise BadTensor(path, key, f"{dtype}{shape} needs {want} bytes and has {end - begin}.")
     return Entry(dtype, tuple(shape), data_start + begin, data_start + end, path)

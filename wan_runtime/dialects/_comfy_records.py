@@ -88,7 +88,7 @@ def _text(header: Header, key: str) -> str:
             header.path, key, f"a comfy_quant record is U8 text; this is {entry.dtype} {list(entry.shape)}."
         )
     try:
-        return bytes(header.read_tensor(key).flatten().tolist()).decode()
+        return header.read_bytes(key).decode()
     except UnicodeDecodeError as error:
         raise BadTensor(header.path, key, f"the record is not UTF-8 ({error}).") from error
 

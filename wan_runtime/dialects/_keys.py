@@ -9,10 +9,10 @@ import torch
 
 from wan_runtime.dialects import Layer, Reading, Source
 from wan_runtime.errors import BadTensor, UnaccountedTensors
-from wan_runtime.header import Entry, Header
+from wan_runtime.header import DTYPES, Entry, Header
 
 FP8 = {"F8_E4M3": "fp8", "F8_E5M2": "fp8_e5m2"}
-CODES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+CODES = {"fp8": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}  # format -> the dtype of its codes in a file
 FLOAT = ("F32", "BF16", "F16", "F64")
 # Leaves that change what a weight means, beside every leaf with "scale" in its name; left over, they are an error.
 MEANINGFUL = frozenset(
@@ -191,7 +191,7 @@ def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, t
         encoded["weight_scale"] = slots["block_scale"].view(torch.float8_e4m3fn)
         encoded["weight_scale_2"] = slots["scale"].reshape(())
     else:
-        encoded["weight"] = slots["payload"].view(CODES[weight_format])
+        encoded["weight"] = slots["payload"].view(DTYPES[CODES[weight_format]])
         encoded["weight_scale"] = slots["scale"].reshape(())
     if "input_scale" in slots:
         encoded["input_scale"] = slots["input_scale"].reshape(())

@@ -15,10 +15,10 @@ SCALE = "weight_scale"
 FORMATS = {**_keys.FP8, "I8": "int8"}
 CODES = {
     **_keys.CODES,
-    "fp8_block": torch.float8_e4m3fn,
-    "fp8_e5m2_block": torch.float8_e5m2,
-    "int8": torch.int8,
-    "int8_block": torch.int8,
+    "fp8_block": "F8_E4M3",
+    "fp8_e5m2_block": "F8_E5M2",
+    "int8": "I8",
+    "int8_block": "I8",
 }
 
 

@@ -26,7 +26,7 @@ import torch
 
 from wan_runtime.dialects import Dialect, Evidence, Layer, Marks, Reading, Source, _keys, _scaled
 from wan_runtime.errors import BadTensor
-from wan_runtime.header import Header
+from wan_runtime.header import DTYPES, Header
 
 MARKER = "scaled_fp8"
 SECOND = "scale_weight_tensor"
@@ -86,7 +86,7 @@ def _dummy_scales(header: Header, path: str, dtype: str) -> list[str]:
 
 def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     encoded = {
-        "weight": slots["payload"].view(_keys.CODES[weight_format]),
+        "weight": slots["payload"].view(DTYPES[_keys.CODES[weight_format]]),
         # [1], or [out, 1]: readers broadcast it against the weight.
         "scale_weight": slots["scale"] if slots["scale"].numel() > 1 else slots["scale"].reshape(1),
     }

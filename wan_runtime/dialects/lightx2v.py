@@ -32,7 +32,7 @@ import torch
 from wan_runtime.dialects import Dialect, Evidence, Layer, Marks, Reading, Source, _keys, _scaled, _swizzle
 from wan_runtime.errors import BadTensor, CheckpointError
 from wan_runtime.formats import check_scale
-from wan_runtime.header import Entry, Header
+from wan_runtime.header import DTYPES, Entry, Header
 
 GLOBAL_SCALES = ("alpha", "input_global_scale", "weight_global_scale")
 # Keys of producers that share `weight_scale` but mean something else by it.
@@ -200,7 +200,7 @@ def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, t
         "_block"
     ):  # the same scale for every row is the same weight
         scale = scale.reshape(1, 1).expand(out, 1).contiguous()
-    encoded = {"weight": slots["payload"].view(_scaled.CODES[weight_format]), "weight_scale": scale}
+    encoded = {"weight": slots["payload"].view(DTYPES[_scaled.CODES[weight_format]]), "weight_scale": scale}
     if "input_scale" in slots:
         encoded["input_scale"] = slots["input_scale"].reshape(())
     return encoded

@@ -40,7 +40,7 @@ from wan_runtime.dialects import (
     _scaled,
     modelopt_comfy,
 )
-from wan_runtime.header import Header
+from wan_runtime.header import DTYPES, Header
 
 # Keys of producers that share `weight_scale` but mean more by it than this dialect reads.
 FOREIGN = {*_keys.MEANINGFUL, "weight_global_scale", "input_global_scale"} - _corrections.SVD
@@ -105,7 +105,7 @@ def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, t
     if weight_format == "nvfp4" or slots["scale"].numel() == 1:
         return _keys.encode(weight_format, slots)
     encoded = _keys.encode("fp8", {**slots, "scale": slots["scale"][:1]})
-    codes = slots["payload"].view(_scaled.CODES[weight_format])
+    codes = slots["payload"].view(DTYPES[_scaled.CODES[weight_format]])
     return {**encoded, "weight": codes, "weight_scale": slots["scale"].reshape(-1)}
 
 

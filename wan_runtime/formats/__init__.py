@@ -16,7 +16,7 @@ import torch
 from wan_runtime.catalogue import Catalogue
 from wan_runtime.errors import UnknownName
 
-Slots = Mapping[str, torch.Tensor]
+Slots = Mapping[str, "torch.Tensor"]
 
 
 class BadSlot(ValueError):
@@ -39,6 +39,8 @@ class Format:
     check       raises BadSlot when the values are damaged: NaN codes; a scale that is NaN, infinite or negative, or
                 zero beside non-zero codes.
     bits        bits a weight takes, block scales included.
+    sizes       slots -> the largest magnitude in each row of the n kinds of scale that lie within the payload, [out, n];
+                None where scales have slots.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Format:
     dequantize: Callable[[Slots], torch.Tensor]
     check: Callable[[Slots], None]
     bits: float
+    sizes: Callable[[Slots], torch.Tensor] | None = None
 
 
 class Formats(Catalogue[Format]):
@@ -82,12 +85,12 @@ def check_zero_scale(slots: Slots, slot: str, codes_nonzero: torch.Tensor) -> No
 
 # Scaling by amax puts the largest code at 448 (e5m2: or 57344), and the tensors of a WAN model stay below about 20.
 # These are the magnitudes from 240 (e5m2: 256) to the largest finite one.
-_SCALED_CODES = {torch.float8_e4m3fn: (0x77, 0x7E), torch.float8_e5m2: (0x5C, 0x7B)}
+_SCALED_CODES = {"torch.float8_e4m3fn": (0x77, 0x7E), "torch.float8_e5m2": (0x5C, 0x7B)}
 
 
 def check_cast(tensor: torch.Tensor) -> None:
     """Raise ValueError when an fp8 tensor without a scale fills fp8's range as only scaled codes do."""
-    first, last = _SCALED_CODES[tensor.dtype]
+    first, last = _SCALED_CODES[str(tensor.dtype)]
     magnitudes = tensor.view(torch.uint8) & 0x7F
     many = int(((magnitudes >= first) & (magnitudes <= last)).sum())
     if many:
