@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.builders.ggml import quantised
+from wan_runtime.errors import BadTensor
 from wan_runtime.formats import FORMATS, BadSlot
-from wan_runtime.gates import check_size
+from wan_runtime.gates import check_plain, check_size
 from wan_runtime.tiny.variants import SOURCE
 
 BLOCK, OUTSIDE = "blocks.3.ffn.0", "motion_encoder.motion_network.0"
@@ -65,6 +69,34 @@ def test_one_scale_of_many_that_is_off_is_found(name: str) -> None:
     scale[scale.shape[0] // 2, 0] *= 2.0**64
     with pytest.raises(BadSlot, match="no WAN model's do"):
         check_size(BLOCK, name, {**slots, "scale": scale}, SHAPE)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1"])
+def test_one_block_of_ggml_s_that_is_off_is_found(kind: str) -> None:
+    """A flipped exponent bit in a block of a row that is not among those sampled."""
+    blocks = quantised(_weight(0.03), kind)
+    check_size(BLOCK, f"ggml_{kind.lower()}", {"payload": blocks}, SHAPE)
+    size = blocks.shape[1] // (SHAPE[1] // 32)
+    blocks[101, 3 * size + 1] ^= 0x40
+    with pytest.raises(BadSlot, match="no WAN model's do"):
+        check_size(BLOCK, f"ggml_{kind.lower()}", {"payload": blocks}, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("key", "rank", "bound"),
+    [
+        ("blocks.3.ffn.0.weight", 2, 40.0),
+        ("model.diffusion_model.vace_blocks.0.ffn.0.weight", 2, 40.0),
+        ("head.head.weight", 2, 1000.0),
+        ("blocks.3.ffn.0.bias", 1, 1e6),
+        ("blocks.3.modulation", 3, 1e6),
+    ],
+)
+def test_an_unquantised_tensor_has_a_largest_value_too(key: str, rank: int, bound: float) -> None:
+    check_plain(Path("wan.safetensors"), key, rank, bound)
+    with pytest.raises(BadTensor, match="no WAN model's go beyond") as caught:
+        check_plain(Path("wan.safetensors"), key, rank, 1.01 * bound)
+    assert caught.value.key == key
 
 
 def test_the_trained_tiny_model_passes_in_every_format() -> None:

@@ -215,6 +215,27 @@ def test_bytes_after_the_last_tensor_are_refused(tmp_path: Path) -> None:
         read_header(path)
 
 
+def test_a_tensor_that_is_not_where_the_alignment_puts_it_is_refused(tmp_path: Path) -> None:
+    """A bit of an offset flipped: 16 bytes of padding follow a bias of 48 bytes, so nothing overlaps."""
+    path, _, _ = _write(tmp_path / "wan.gguf", change=_short_bias)
+    data = bytearray(path.read_bytes())
+    name = b"blocks.0.norm3.bias"
+    at = (
+        data.index(name) + len(name) + 4 + 8 + 4
+    )  # behind the number of dimensions, the dimension and the type
+    offset = int.from_bytes(data[at : at + 8], "little")
+    assert offset % 32 == 0
+    data[at : at + 8] = (offset + 16).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(BadTensor, match=r"starts at byte \d+; what is before it ends at") as caught:
+        read_header(path)
+    assert caught.value.key == name.decode()
+
+
+def _short_bias(writer: gguf.GGUFWriter, tensors: Arrays) -> None:
+    writer.add_tensor("blocks.0.norm3.bias", tensors.pop("blocks.0.norm3.bias")[:12])
+
+
 _KEY = struct.pack("<Q", 1) + b"k"
 HOSTILE = {
     "no fields at all": b"",

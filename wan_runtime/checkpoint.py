@@ -264,16 +264,18 @@ def _plain_tensor(checkpoint: Checkpoint, key: str, tensor: torch.Tensor) -> tor
         except ValueError as error:
             raise BadTensor(checkpoint.path, key, str(error)) from error
         tensor = tensor.float()
-    if not _finite(tensor):
+    largest = _largest(tensor)
+    if not math.isfinite(largest):
         raise BadTensor(checkpoint.path, key, "it holds NaN or infinite values; the file is damaged.")
+    gates.check_plain(checkpoint.path, key, tensor.ndim, largest)
     return tensor
 
 
-def _finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite: both show in the extremes, which take no memory to find."""
+def _largest(tensor: torch.Tensor) -> float:
+    """The largest magnitude; NaN where a value is. Taken from the extremes, which take no memory to find."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
-        return True
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+        return 0.0
+    return float(torch.stack(torch.aminmax(tensor)).abs().max())
 
 
 def _decoded(checkpoint: Checkpoint, layer: Layer, key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -22,6 +22,8 @@ ROWS = 32  # of a layer, spread evenly; the whole of a 14B model would take a mi
 SMALLEST = 1e-7  # root mean square
 LARGEST_RMS = {"blocks": 0.5, "elsewhere": 30.0}
 LARGEST_VALUE = {"blocks": 40.0, "elsewhere": 1000.0}
+# Of biases, norms and modulation, whose sizes nobody has surveyed; a flipped exponent of bf16 gives 1e30.
+LARGEST_OF_ANY = 1e6
 
 
 def check_size(module: str, weight_format: str, slots: Slots, shape: tuple[int, int]) -> None:
@@ -29,11 +31,13 @@ def check_size(module: str, weight_format: str, slots: Slots, shape: tuple[int, 
 
     module: in any spelling. slots: the format's own, [out, ...] each, checked by the format.
     """
-    parts = [FORMATS[weight_format].dequantize(part).float() for part in _parts(slots, shape[0])]
+    held = FORMATS[weight_format]
+    within = None if held.sizes is None else held.sizes(slots)
+    parts = [held.dequantize(part).float() for part in _parts(slots, shape[0], within)]
     largest = max((float(values.abs().max()) for values in parts if values.numel()), default=0.0)
     if largest == 0:
         return
-    where = "blocks" if {"blocks", "vace_blocks"} & set(module.split(".")) else "elsewhere"
+    where = _where(module)
     rms = float(parts[0].square().mean().sqrt())
     scale = next((name for name in ("scale", "block_scale") if name in slots), "payload")
     if rms > LARGEST_RMS[where] or largest > LARGEST_VALUE[where]:
@@ -50,6 +54,23 @@ def check_size(module: str, weight_format: str, slots: Slots, shape: tuple[int, 
         )
 
 
+def check_plain(path: Path, key: str, rank: int, largest: float) -> None:
+    """Raise BadTensor where an unquantised tensor's largest magnitude is beyond any WAN model's."""
+    matrix = rank == 2 and key.endswith(".weight")
+    bound = LARGEST_VALUE[_where(key)] if matrix else LARGEST_OF_ANY
+    if largest > bound:
+        raise BadTensor(
+            path,
+            key,
+            f"its values reach {largest:.3g}, and no WAN model's go beyond {bound:g}: the file is damaged. Download or "
+            "make it again.",
+        )
+
+
+def _where(name: str) -> str:
+    return "blocks" if {"blocks", "vace_blocks"} & set(name.split(".")) else "elsewhere"
+
+
 def check_bias(path: Path, layer: Layer, bias: Entry | None) -> None:
     """Raise BadTensor where a layer's bias has not one value a row: the weight is transposed, or of another layer."""
     if bias is not None and bias.shape != (layer.shape[0],):
@@ -61,8 +82,11 @@ def check_bias(path: Path, layer: Layer, bias: Entry | None) -> None:
         )
 
 
-def _parts(slots: Slots, out: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The slots of some rows: first of rows spread over the layer, then of those whose scales are extreme."""
+def _parts(slots: Slots, out: int, within: torch.Tensor | None) -> Iterator[dict[str, torch.Tensor]]:
+    """The slots of some rows: first of rows spread over the layer, then of those whose scales are extreme.
+
+    within: the sizes of scales that have no slot (Format.sizes).
+    """
     scales = next((t for name, t in slots.items() if name.endswith("scale") and t.numel() > 1), None)
     count = 1 if scales is None else scales.shape[0]
     height = 1 if count in (1, out) else 1 << (-(-out // count) - 1).bit_length()  # blocks that span rows
@@ -70,6 +94,8 @@ def _parts(slots: Slots, out: int) -> Iterator[dict[str, torch.Tensor]]:
         yield _rows(slots, torch.linspace(0, out - 1, min(ROWS, out)).long(), out)
     else:
         yield _block(slots, 0, height, out)
+    if within is not None:
+        yield _rows(slots, within.argmax(0), out)
     if scales is not None and count > 1:
         sizes = scales.float().amax(1)
         for number in {int(sizes.argmax()), int(sizes.argmin())}:

@@ -113,7 +113,11 @@ def _layers(state: dict[str, torch.Tensor], modules: list[str]) -> dict[str, Flo
 
 
 def plain(state: dict[str, torch.Tensor], modules: list[str], weight_format: str) -> Content:
-    return Content(dict(state))
+    """Unquantised: as given, or in bf16 with its Linears among the weights."""
+    if weight_format != "bf16":
+        return Content(dict(state))
+    tensors = {key: tensor.bfloat16() for key, tensor in state.items()}
+    return Content(tensors, {module: tensors[f"{module}.weight"].double().numpy() for module in modules})
 
 
 def plain_fp8(state: dict[str, torch.Tensor], modules: list[str], weight_format: str) -> Content:

@@ -188,8 +188,25 @@ def nan_code(file: File) -> Iterator[Content]:
         yield file.damaged({key: _with_byte(file.content.tensors[key], 0x7F)})
 
 
+def spoil_weight(file: File) -> Iterator[Content]:
+    """One value of an unquantised weight, which is NaN or infinite."""
+    if file.format == "bf16":
+        key = file.payload(SQUARE)
+        for value in (float("nan"), float("inf"), float("-inf")):
+            yield file.damaged({key: _with(file.content.tensors[key], value)})
+
+
+def flip_weights_exponent(file: File) -> Iterator[Content]:
+    """The highest exponent bit of one value of an unquantised weight, and of its bias."""
+    if file.format == "bf16":
+        for key in (file.payload(SQUARE), f"{SQUARE}.bias"):
+            tensor = file.content.tensors[key].clone()
+            tensor.reshape(-1)[len(tensor) // 3 :].view(torch.uint8)[1] ^= 0x40
+            yield file.damaged({key: tensor})
+
+
 def flip_code(file: File) -> Iterator[Content]:
-    """The lowest bit of one code."""
+    """The lowest bit of one code, or of one unquantised weight."""
     key = file.payload(SQUARE)
     byte = int(file.content.tensors[key].reshape(-1).view(torch.uint8)[0])
     yield file.damaged({key: _with_byte(file.content.tensors[key], byte ^ 1)})
@@ -220,6 +237,8 @@ TELLABLE: dict[str, Fault] = {
     "spoil scales": spoil_scales,
     "flip a scale's exponent": flip_scales_exponent,
     "code to NaN": nan_code,
+    "weight to NaN": spoil_weight,
+    "flip a weight's exponent": flip_weights_exponent,
 }
 # What no reader can tell: the result is another valid file.
 UNTELLABLE: dict[str, Fault] = {

@@ -14,13 +14,15 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
 import numpy as np
 import torch
 
 import wan_runtime
 from tests.builders.files import Content
-from tests.builders.writers import WRITERS
-from tests.faults.kinds import TELLABLE, UNTELLABLE, File
+from tests.builders.writers import EVERY
+from tests.faults import ggml, kinds
+from tests.faults.kinds import Fault, File
 from tests.faults.trained import originals, trained
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint, stream
 from wan_runtime.corrections import effective_weight
@@ -29,7 +31,8 @@ from wan_runtime.errors import CheckpointError, WanRuntimeError
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 BEGIN, END = "<!-- fault matrix -->", "<!-- end of the fault matrix -->"
 HEADER_FLIPS = 24
-CASES = [(d, f) for d, (_, formats) in WRITERS.items() for f in formats if f != "none"]
+CASES = [(dialect, held) for dialect, (_, formats) in EVERY.items() for held in formats]
+UNTELLABLE = {*kinds.UNTELLABLE, *ggml.UNTELLABLE}
 
 
 def outcome(path: Path, truth: Content) -> str:
@@ -74,17 +77,32 @@ def _holds(checkpoint: Checkpoint, truth: Content) -> bool:
     return right and wanted <= named
 
 
+def faults(dialect: str) -> dict[str, Fault]:
+    """All that a dialect's files are damaged by, beside their bytes."""
+    of = ggml if dialect == "gguf" else kinds
+    return {**of.TELLABLE, **of.UNTELLABLE}
+
+
+def header_bytes(path: Path) -> tuple[int, int]:
+    """Where a file's header lies: behind safetensors' length, or all of GGUF's up to the first tensor."""
+    data = path.read_bytes()
+    if data[:4] == b"GGUF":
+        return 0, gguf.GGUFReader(path).data_offset
+    (length,) = struct.unpack("<Q", data[:8])
+    return 8, 8 + length
+
+
 def damaged_bytes(content: Content, folder: Path, flips: int) -> Iterator[tuple[str, Path]]:
     """A file cut at three places, and with single bits of its header flipped."""
     whole = content.write(folder / "whole")
     data = whole.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    for size in (4, 8 + length // 2, 8 + length + (len(data) - length) // 2, len(data) - 1):
+    start, stop = header_bytes(whole)
+    for size in (4, (start + stop) // 2, (stop + len(data)) // 2, len(data) - 1):
         yield "cut", _beside(folder / "cut", content, data[:size])
     generator = random.Random(0)
     for _ in range(flips):
         changed = bytearray(data)
-        changed[generator.randrange(8, 8 + length)] ^= 1 << generator.randrange(7)
+        changed[generator.randrange(start, stop)] ^= 1 << generator.randrange(7)
         yield "flip a bit of the header", _beside(folder / "flip", content, bytes(changed))
 
 
@@ -104,7 +122,7 @@ def run(
     counts["intact", outcome(truth.write(folder / "intact"), truth)] += 1
     prefixed = trained(dialect, weight_format, "model.diffusion_model.")
     counts["intact, with a prefix", outcome(prefixed.write(folder / "prefix"), truth)] += 1
-    for name, fault in {**TELLABLE, **UNTELLABLE}.items():
+    for name, fault in faults(dialect).items():
         for content in fault(file):
             counts[name, outcome(content.write(folder / "damaged"), truth)] += 1
     for name, path in damaged_bytes(truth, folder, flips):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from tests.builders.files import Content
-from tests.faults import matrix
-from tests.faults.kinds import TELLABLE, UNTELLABLE, File
+from tests.faults import ggml, kinds, matrix
+from tests.faults.kinds import File
 from tests.faults.trained import trained
 from wan_runtime.dialects import DIALECTS
 
@@ -29,17 +30,24 @@ def test_every_fault_that_can_be_told_is_read_right_or_refused(
 
 
 def test_every_dialect_is_in_the_matrix() -> None:
-    """Unquantised files have no scales to damage, and GGUF has a container of its own: tests/containers."""
-    assert {dialect for dialect, _ in matrix.CASES} == set(DIALECTS) - {"plain", "gguf"}
+    assert {dialect for dialect, _ in matrix.CASES} == set(DIALECTS)
 
 
-@pytest.mark.parametrize("name", [*TELLABLE, *UNTELLABLE])
-def test_a_fault_changes_the_file(name: str) -> None:
+SHOWN = {
+    kinds: (("comfy", "nvfp4"), ("modelopt", "fp8"), ("plain", "bf16")),
+    ggml: (("gguf", "ggml_q8_0"), ("gguf", "ggml_q5_1")),
+}
+
+
+@pytest.mark.parametrize(
+    ("of", "name"), [(of, name) for of in SHOWN for name in (*of.TELLABLE, *of.UNTELLABLE)]
+)
+def test_a_fault_changes_the_file(of: ModuleType, name: str) -> None:
     """In one dialect at least; a fault that changed nothing would pass for a file read right."""
     changed = 0
-    for dialect, weight_format in (("comfy", "nvfp4"), ("modelopt", "fp8")):
+    for dialect, weight_format in SHOWN[of]:
         truth = trained(dialect, weight_format)
-        for content in {**TELLABLE, **UNTELLABLE}[name](File(truth, dialect, weight_format)):
+        for content in {**of.TELLABLE, **of.UNTELLABLE}[name](File(truth, dialect, weight_format)):
             assert _bytes(content) != _bytes(truth)
             changed += 1
     assert changed

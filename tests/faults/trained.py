@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.builders.files import Content
 from tests.builders.wan import Sizes, block_linears, rows, spelled
-from tests.builders.writers import WRITERS
+from tests.builders.writers import EVERY
 from wan_runtime.tiny.variants import SOURCE
 
 
@@ -30,7 +30,7 @@ def trained(dialect: str, weight_format: str, prefix: str = "", layers: int = 1)
     sizes, tensors = _trained(layers)
     modules = block_linears(sizes, prefix=prefix)
     named = {prefix + key: tensor for key, tensor in tensors.items()}
-    return WRITERS[dialect][0](named, modules, weight_format)
+    return EVERY[dialect][0](named, modules, weight_format)
 
 
 def originals() -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from wan_runtime.containers import Container, Found
 from wan_runtime.errors import BadTensor, CheckpointError
-from wan_runtime.header import DTYPES, Entry, Header
+from wan_runtime.header import SIZES, Entry, Header
 
 MAGIC = b"GGUF"
 METADATA = "gguf"
@@ -56,7 +56,7 @@ def _read(found: Found) -> Header:
         raise CheckpointError(path, f"the GGUF file is damaged or cut short ({error!r:.200}).") from error
     entries = {key: entry for key, entry, _, _ in sorted(read, key=lambda item: item[1].start)}
     size = path.stat().st_size
-    _check_coverage(path, entries, size, _field(reader, "general.alignment") or ALIGNMENT)
+    _check_coverage(path, entries, size, reader)
     blocks = {key: {"type": kind, "shape": shape} for key, _, kind, shape in read if kind not in FLOATS}
     metadata = {METADATA: json.dumps({"architecture": architecture, "tensors": blocks})}
     return Header(path, entries, {path: size}, metadata)
@@ -113,7 +113,7 @@ def _tensor(reader: Any, tensor: Any, path: Path) -> tuple[str, Entry, str, list
         raise BadTensor(path, key, f"its shape {shape} is not that of its {tensor.n_elements} stored values.")
     if kind in FLOATS:
         dtype, held = FLOATS[kind], tuple(shape)
-        if math.prod(shape) * DTYPES[dtype].itemsize != nbytes:
+        if math.prod(shape) * SIZES[dtype] != nbytes:
             raise BadTensor(path, key, f"{kind} {shape} does not take {nbytes} bytes.")
     else:
         rows = math.prod(shape[:-1])
@@ -125,16 +125,19 @@ def _tensor(reader: Any, tensor: Any, path: Path) -> tuple[str, Entry, str, list
     return key, Entry(dtype, held, start, start + nbytes, path), kind, shape
 
 
-def _check_coverage(path: Path, entries: dict[str, Entry], size: int, alignment: int) -> None:
-    """Tensors follow each other with less than an alignment between them, and fill the file."""
-    at = None
+def _check_coverage(path: Path, entries: dict[str, Entry], size: int, reader: Any) -> None:
+    """Each tensor starts at the next multiple of the alignment, as ggml demands, and the last ends with the file."""
+    alignment = int(_field(reader, "general.alignment") or ALIGNMENT)
+    at = int(reader.data_offset)
     for key, entry in entries.items():
-        if at is not None and not 0 <= entry.start - at < alignment:
+        if entry.start != -(-at // alignment) * alignment:
             raise BadTensor(
-                path, key, f"it starts at byte {entry.start}, and the tensor before it ends at {at}."
+                path,
+                key,
+                f"it starts at byte {entry.start}; what is before it ends at {at}, with an alignment of {alignment}.",
             )
         at = entry.stop
-    if at is None or not 0 <= size - at < alignment:
+    if not entries or not 0 <= size - at < alignment:
         raise CheckpointError(path, f"its last tensor ends at byte {at}, and the file has {size} bytes.")
 
 

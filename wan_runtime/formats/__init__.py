@@ -39,7 +39,7 @@ class Format:
     check       raises BadSlot when the values are damaged: NaN codes; a scale that is NaN, infinite or negative, or
                 zero beside non-zero codes.
     bits        bits a weight takes, block scales included.
-    sizes       slots -> the largest magnitude in each row of the n kinds of scale that lie within the payload, [out, n];
+    sizes       slots -> the largest magnitude in each row of n kinds of scale that lie within the payload, [out, n];
                 None where scales have slots.
     """
 

@@ -154,6 +154,12 @@ def _check(slots: Slots, block: Block) -> None:
         raise BadSlot("payload", f"{bad} of its blocks' scales are NaN or infinite; the file is damaged.")
 
 
+def _sizes(slots: Slots, block: Block) -> torch.Tensor:
+    """Of each row, the largest magnitude of each of its blocks' fp16 numbers: fp32 [out, numbers a block]."""
+    blocks, rows = _blocks(slots, block), slots["payload"].shape[0]
+    return torch.stack([_half(blocks, at).abs().reshape(rows, -1).amax(1) for at in block.halves], dim=1)
+
+
 def _quantize(weight: torch.Tensor, per_channel: bool) -> dict[str, torch.Tensor]:
     raise NotImplementedError(
         "ggml's types are read from GGUF files, not written; quantise to another format"
@@ -178,6 +184,7 @@ def _make(name: str, block: Block) -> Format:
         dequantize=dequantize,
         check=functools.partial(_check, block=block),
         bits=8 * block.nbytes / block.weights,
+        sizes=functools.partial(_sizes, block=block),
     )
 
 
