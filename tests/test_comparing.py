@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -159,6 +160,10 @@ def test_a_file_of_no_known_dialect_is_still_compared(tmp_path: Path, state: Ten
     assert ("Written by", "comfy_scaled_fp8", "unknown") in {row[:3] for row in comparison.rows}
     assert any("cannot be read with certainty" in cause for cause in comparison.causes)
     assert "unknown" in str(comparison)
+    # The other way round nothing says what a host made for it reads, so no target is named.
+    back = wan_runtime.compare(tmp_path / "unknown" / "model.safetensors", working)
+    assert back.a.layers.keys() == set(LAYERS) and back.findings
+    assert not any("--to" in finding.remedy for finding in back.findings if "--names" not in finding.remedy)
 
 
 def test_different_models_are_said_to_be(tmp_path: Path, working: Path) -> None:
@@ -231,6 +236,28 @@ def test_every_dialect_is_compared_layer_by_layer(
         weight = truth[f"{module}.weight"].double().numpy()
         exact = np.linalg.norm(wanted.weights[module] - weight) / np.linalg.norm(weight)
         assert errors[module] == pytest.approx(exact, rel=1e-3, abs=1e-6)
+
+
+def test_gguf_and_its_conversion_are_compared(tmp_path: Path, state: Tensors) -> None:
+    path = tmp_path / "wan.gguf"
+    writer = gguf.GGUFWriter(path, "wan")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for key, tensor in state.items():
+        if key.removesuffix(".weight") in LAYERS:
+            writer.add_tensor(key, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(key, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    made = tmp_path / "made.safetensors"
+    wan_runtime.convert(path, made, to="comfy-fp8")
+    comparison = wan_runtime.compare(path, made, errors=True)
+    assert comparison.a.quantised == comparison.b.quantised == len(LAYERS)
+    assert [reading.formula for reading in comparison.a.readings] == ["W = q8_0 blocks(weight)"]
+    assert 0.01 < max(comparison.errors["comfy"].values()) < 0.05
+    assert any("Files of gguf are read and not written" in remedy for remedy in comparison.remedies)
 
 
 @pytest.mark.parametrize(("dialect", "weight_format"), QUANTISED)

@@ -221,4 +221,7 @@ def _fix(a: Anatomy, gain: str) -> str:
     """The option of `convert` that makes a file for A's host, and what is gained."""
     if _unwritten(a):
         return f"{_unwritten(a)} Convert B with --to bf16 and quantise that with the tool that A's host uses."
-    return f"Convert B with --to {_target(a.decided) or 'TARGET'}{gain}."
+    target = _target(a.decided)
+    if target is None:  # nothing says what A is, so neither what its host reads
+        return "Convert B to what that host reads: `wan-runtime convert --help` lists the targets."
+    return f"Convert B with --to {target}{gain}."
