@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -38,9 +38,8 @@ log = logging.getLogger("wan_serve")
 MAX_STARTS = 4  # in a row that did not become ready
 LOOK_SECONDS = 1.0  # between two looks at whether the worker still gets on
 END_SECONDS = 5.0  # for a worker that has closed its pipe to end, and its status to tell why
-SPAWN = multiprocessing.get_context(
-    "spawn"
-)  # a forked child would inherit CUDA, locks and the listening socket
+# a forked child would inherit CUDA, locks and the listening socket
+SPAWN = multiprocessing.get_context("spawn")
 
 
 class Engine:
@@ -237,6 +236,8 @@ class Engine:
         elif event == "phase":
             self._store.progress(job_id, phase=message["phase"], step=message["step"])
             self.tell.progress(job_id, message["phase"])
+        elif event == "preview":
+            self.tell.hub.publish(job_id, "preview", {name: message[name] for name in ("step", "image")})
         else:
             self._end(job_id, event, message)
 
@@ -294,8 +295,3 @@ def _how_it_ended(code: int | None) -> str:
     if code is not None and code < 0:
         return f"it was killed by {signal.Signals(-code).name}"
     return f"it exited with the status {code}"
-
-
-def profile_fields(profile: ClipProfile) -> dict[str, Any]:
-    """A profile as plain data, for /v1/models."""
-    return asdict(profile)

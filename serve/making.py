@@ -12,6 +12,7 @@ from typing import Any
 
 from . import pictures
 from .counters import Counters
+from .previews import Map, Previews
 from .storage import Storage
 
 log = logging.getLogger("wan_serve.worker")
@@ -31,6 +32,7 @@ class Bench:
     counters: Counters
     tell: Callable[..., None]
     check: Callable[[str], None]
+    preview_map: Map
     embed: bool = True
 
 
@@ -76,10 +78,14 @@ def _make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mappin
     bench.check(job_id)
     bench.tell("phase", job=job_id, phase="text", step=0)
 
+    previews = Previews(bench.preview_map)
+
     def on_step(done: int, steps: int) -> None:
         bench.counters.count("steps")
         bench.tell("phase", job=job_id, phase="denoise" if done < steps else "decode", step=done)
         bench.check(job_id)
+        if image := previews.take(bench.pipe):
+            bench.tell("preview", job=job_id, step=done, image=image)
 
     def on_chunk() -> None:
         bench.counters.count("chunks")

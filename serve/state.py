@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from wan_runtime import ClipProfile
@@ -26,3 +26,8 @@ class EngineState:
     def ready(self) -> bool:
         """Whether a job would be run now."""
         return self.phase == "ready"
+
+
+def profile_fields(profile: ClipProfile) -> dict[str, Any]:
+    """A profile as plain data, for /v1/models."""
+    return asdict(profile)

@@ -21,6 +21,7 @@ from typing import Any
 
 from .counters import Counters
 from .making import Bench, Cancelled, free, make
+from .previews import fit
 from .settings import Settings
 from .storage import Storage
 
@@ -79,6 +80,7 @@ def main(connection: Connection, settings: Settings, parent: int, shared: Mutabl
     line = Line(connection, counters)
     try:
         pipe, facts = _prepare(line, settings)
+        previews = fit(pipe)
     except Exception as error:
         from wan_runtime import WanRuntimeError
 
@@ -87,7 +89,9 @@ def main(connection: Connection, settings: Settings, parent: int, shared: Mutabl
         line.tell("fatal", message=f"{type(error).__name__}: {error}")
         sys.exit(1)
     line.tell("ready", **facts)
-    bench = Bench(pipe, Storage(settings.data_dir), counters, line.tell, line.check, settings.embed_metadata)
+    bench = Bench(
+        pipe, Storage(settings.data_dir), counters, line.tell, line.check, previews, settings.embed_metadata
+    )
     while True:
         _work(line, bench, line.jobs.get())
 

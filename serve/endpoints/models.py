@@ -6,9 +6,9 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from ..engine import profile_fields
 from ..errors import ApiError
 from ..services import Served, Services
+from ..state import profile_fields
 from . import Endpoint
 
 router = APIRouter(prefix="/v1/models", tags=["models"])

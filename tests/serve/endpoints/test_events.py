@@ -43,7 +43,12 @@ def events(server: Server, video: str, last: str | None = None) -> Iterator[Told
 def test_a_job_is_told_from_its_place_in_the_queue_to_its_end(server: Server, client: openai.OpenAI) -> None:
     first = client.videos.create(prompt=PROMPT, extra_body={**QUICK, "num_inference_steps": 40})
     video = client.videos.create(prompt=PROMPT, extra_body={**QUICK, "num_inference_steps": STEPS})
-    told = [event for event in events(server, video.id) if event.name != "preview"]
+    told = list(events(server, video.id))
+    previews = [event for event in told if event.name == "preview"]
+    told = [event for event in told if event.name != "preview"]
+    assert previews and all(
+        event.data["image"].startswith("data:image/jpeg;base64,/9j/") for event in previews
+    )
     assert (told[0].name, told[0].data["queue_position"]) == ("queued", 0)
     assert told[0].data["eta_seconds"] > 0
     names = [event.name for event in told if event.name != "queued"]
