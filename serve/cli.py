@@ -13,10 +13,13 @@ from typing import Annotated
 
 import typer
 import uvicorn
+from rich.console import Console
 
 from . import keys
 from .app import create_app
+from .config import from_file
 from .draining import DrainingServer
+from .dry_run import plan
 from .keys_cli import keys_app
 from .services import Services, open_services
 from .settings import Settings, is_loopback
@@ -46,6 +49,10 @@ app.add_typer(keys_app, name="keys")
 @app.callback(invoke_without_command=True, context_settings={"auto_envvar_prefix": "WAN_SERVE"})
 def serve(
     context: typer.Context,
+    config: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, is_eager=True, callback=from_file, help=(
+        "A TOML file with these options' names; what is given here or in the environment wins."))] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=(
+        "Print what would be served and how, load nothing, and end."))] = False,
     checkpoint: Annotated[Path | None, typer.Option(exists=True, callback=_absolute, help=(
         "The transformer, of any dialect: a .safetensors file, or the folder or index of one in several files. "
         "Without it the bundled tiny model is served."))] = None,
@@ -107,8 +114,21 @@ def serve(
         embed_metadata=embed_metadata,
     )  # fmt: skip
     _check(settings)
+    if dry_run:
+        _print_plan(settings)
+        return
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
     raise typer.Exit(run(settings))
+
+
+def _print_plan(settings: Settings) -> None:
+    from wan_runtime import WanRuntimeError
+
+    try:
+        Console().print(plan(settings))
+    except (WanRuntimeError, OSError) as error:
+        typer.secho(f"wan-serve could not serve this: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
 
 
 def run(settings: Settings) -> int:

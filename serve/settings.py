@@ -46,8 +46,6 @@ class Settings:
     sweep_seconds: float = 60.0  # between two looks for what is to be removed
     embed_metadata: bool = True  # into the clips: what decided them
     log_level: str = "info"
-    log_format: str = "text"
-    metrics: bool = False
 
     @property
     def model_name(self) -> str:
