@@ -5,9 +5,10 @@ A wrong scale, nibble or layout loads without any error, so nothing but what the
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import wan_runtime
-from tests.builders.writers import WRITERS
+from tests.builders.writers import EVERY
 from tests.faults.trained import trained
 from wan_runtime.checkpoint import open_checkpoint
 from wan_runtime.dialects import DIALECTS
@@ -30,11 +31,16 @@ STEPS = 3  # the fewest with margin: the checker accepts these clips from 2 step
 ASKS = [
     Ask("a large red circle moving right on a white background", 7),
     Ask("a large yellow square moving up on a navy background", 7),
-    Ask("a large green ring moving left on a black background", 7),
 ]
 RIGHT = ("comfy-fp8-scaled", "modelopt-nvfp4")
 MISREAD = ("fp8-scales-dropped", "nvfp4-nibbles-swapped", "nvfp4-scales-mislaid")
-Drawing = Callable[[str], list[Frames]]
+
+
+class Drawing(Protocol):
+    def __call__(self, file: Path, dialect: str | None = None, count: int = 2) -> list[Frames]: ...
+
+
+Variants = Callable[[str], list[Frames]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,18 +63,42 @@ def pipe(one_thread: None) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def drawn(pipe: Pipeline, folder: Path) -> Drawing:
-    """The clips of a variant, drawn once."""
+def draw(pipe: Pipeline) -> Drawing:
+    """The clip of each ask from a file, drawn when it is taken; files that hold the same weights share theirs.
+
+    Sampling knows nothing of a file but the model that it was loaded into, and half the dialects' FP8 is the same.
+    """
     done: dict[str, list[Frames]] = {}
 
-    def clips(name: str) -> list[Frames]:
-        if name not in done:
-            insisted = variants.VARIANTS[name].dialect
-            pipe.transformer = loaded(variants.checkpoint(name, folder), insisted)
-            done[name] = drawing.draw(pipe, ASKS, STEPS)
-        return done[name]
+    def clips(file: Path, dialect: str | None = None, count: int = 2) -> list[Frames]:
+        model = loaded(file, dialect)
+        have = done.setdefault(digest(model), [])
+        if len(have) < count:
+            pipe.transformer = model
+            have += drawing.draw(pipe, ASKS[len(have) : count], STEPS)
+        return have[:count]
 
     return clips
+
+
+@pytest.fixture(scope="module")
+def drawn(draw: Drawing, folder: Path) -> Variants:
+    """The clips of a variant, of a misreading the first alone: `make clips` draws them all."""
+
+    def clips(name: str) -> list[Frames]:
+        file, dialect = variants.checkpoint(name, folder), variants.VARIANTS[name].dialect
+        return draw(file, dialect, count=1 if name in MISREAD else len(ASKS))
+
+    return clips
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Of every tensor of a model: its name, shape, dtype and bytes."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def loaded(file: Path, dialect: str | None = None) -> Any:
@@ -81,48 +111,66 @@ def apart(some: list[Frames], others: list[Frames]) -> float:
 
 
 def wrong(clips: list[Frames]) -> list[tuple[str, ...]]:
-    return [checker.wrong(clip, ask.prompt) for clip, ask in zip(clips, ASKS, strict=True)]
+    return [checker.wrong(clip, ask.prompt) for clip, ask in zip(clips, ASKS, strict=False)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16", *RIGHT])
-def test_a_right_reading_draws_what_was_asked(name: str, drawn: Drawing) -> None:
+def test_a_right_reading_draws_what_was_asked(name: str, drawn: Variants) -> None:
     assert wrong(drawn(name)) == [()] * len(ASKS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MISREAD)
-def test_a_misreading_does_not(name: str, drawn: Drawing) -> None:
+def test_a_misreading_does_not(name: str, drawn: Variants) -> None:
     assert () not in wrong(drawn(name))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dialect", WRITERS)
-def test_every_dialect_draws_what_was_asked(dialect: str, pipe: Pipeline, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dialect", EVERY)
+def test_every_dialect_draws_what_was_asked(dialect: str, draw: Drawing, tmp_path: Path) -> None:
     """From a file that our own writer makes where there is one, else from the tests' independent one."""
-    file = tmp_path / "model.safetensors"
     target = next((t for t in DIALECTS[dialect].targets if t != "bf16"), None)
     if target is not None:
+        file = tmp_path / "model.safetensors"
         wan_runtime.convert(variants.SOURCE, file, to=target)
     else:
         blocks = {key.split(".")[1] for key in load_file(variants.SOURCE) if key.startswith("blocks.")}
-        trained(dialect, WRITERS[dialect][1][0], layers=len(blocks)).write(tmp_path)
+        file = trained(dialect, EVERY[dialect][1][0], layers=len(blocks)).write(tmp_path)
     assert open_checkpoint(file).dialect.name == dialect
-    pipe.transformer = loaded(file)
-    [clip] = drawing.draw(pipe, ASKS[:1], STEPS)
+    [clip] = draw(file, count=1)
     assert checker.wrong(clip, ASKS[0].prompt) == ()
 
 
-@pytest.mark.parametrize("name", ["nvfp4-nibbles-swapped", "nvfp4-scales-mislaid"])
-def test_a_misreading_is_refused_where_the_weights_contradict_the_marks(name: str, folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"its marks and its weights contradict.*--dialect modelopt"):
+def test_every_dialect_is_drawn() -> None:
+    assert set(EVERY) == set(DIALECTS)
+
+
+def test_only_the_same_weights_share_their_clips(folder: Path) -> None:
+    one, same, other = (
+        loaded(variants.checkpoint("comfy-fp8-scaled", folder, names))
+        for names in ("original", "diffusers", "original")
+    )
+    assert digest(one) == digest(same)
+    with torch.no_grad():
+        next(t for name, t in other.state_dict().items() if name.endswith("bias"))[0] += 1
+    assert digest(one) != digest(other)
+
+
+CONTRADICT = r"its marks and its weights contradict.*--dialect modelopt"
+LOST = r"its values reach 448, and no WAN model's go beyond 40.*its scales were lost.*--dialect plain"
+
+
+@pytest.mark.parametrize(("name", "words"), list(zip(MISREAD, (LOST, CONTRADICT, CONTRADICT), strict=True)))
+def test_a_misreading_is_refused_unless_it_is_insisted_on(name: str, words: str, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=words):
         loaded(variants.checkpoint(name, folder))
 
 
 @pytest.mark.slow
-def test_mislaid_scales_are_further_from_bf16_than_the_right_ones(drawn: Drawing) -> None:
-    right, mislaid = drawn("modelopt-nvfp4"), drawn("nvfp4-scales-mislaid")
-    assert apart(mislaid, drawn("bf16")) > 2 * apart(right, drawn("bf16"))
+def test_mislaid_scales_are_further_from_bf16_than_the_right_ones(drawn: Variants) -> None:
+    right, mislaid, bf16 = (drawn(name)[:1] for name in ("modelopt-nvfp4", "nvfp4-scales-mislaid", "bf16"))
+    assert apart(mislaid, bf16) > 2 * apart(right, bf16)
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -161,7 +209,7 @@ def test_the_whole_clip_encodes_as_the_vae_does(pipe: Pipeline) -> None:
 
 
 @pytest.mark.slow
-def test_generate_draws_what_is_scored(pipe: Pipeline, drawn: Drawing) -> None:
+def test_generate_draws_what_is_scored(pipe: Pipeline, drawn: Variants) -> None:
     """`wan_runtime generate` and the server go through here: the figures hold for what a user gets."""
     clips = drawn("bf16")
     pipe.transformer = loaded(variants.SOURCE)

@@ -54,7 +54,7 @@ def check_size(module: str, weight_format: str, slots: Slots, shape: tuple[int, 
         )
 
 
-def check_plain(path: Path, key: str, rank: int, largest: float) -> None:
+def check_plain(path: Path, key: str, rank: int, largest: float, dialect: str) -> None:
     """Raise BadTensor where an unquantised tensor's largest magnitude is beyond any WAN model's."""
     matrix = rank == 2 and key.endswith(".weight")
     bound = LARGEST_VALUE[_where(key)] if matrix else LARGEST_OF_ANY
@@ -62,8 +62,8 @@ def check_plain(path: Path, key: str, rank: int, largest: float) -> None:
         raise BadTensor(
             path,
             key,
-            f"its values reach {largest:.3g}, and no WAN model's go beyond {bound:g}: the file is damaged. Download or "
-            "make it again.",
+            f"its values reach {largest:.3g}, and no WAN model's go beyond {bound:g}: the file is damaged, or its "
+            f"scales were lost. Download or make it again; --dialect {dialect} takes it as it is.",
         )
 
 

@@ -1,8 +1,8 @@
 """Files that hold what a host sees when it misreads a quantised checkpoint.
 
-Each keeps every code of the file it is made from and changes what surrounds them in one way. Here the two NVFP4
-ones are refused, as their weights contradict their marks, until their dialect is insisted on; in that host they load. A
-check of clips that accepts these could not fail.
+Each keeps every code of the file it is made from and changes what surrounds them in one way. Here they are
+refused until their dialect is insisted on: the weights of the two NVFP4 ones contradict their marks, and codes taken
+for weights are too large. In that host they load. A check of clips that accepts these could not fail.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ SOURCE = path() / "transformer" / "diffusion_pytorch_model.safetensors"
 class Variant:
     """One reading: its column's label, what `convert` writes (None: the bf16 weights), and what is then misread.
 
-    dialect: insisted on, for a misreading that is refused otherwise, because the weights contradict the marks.
+    dialect: insisted on, where a misreading is otherwise refused: its weights contradict its marks, or are too large.
     """
 
     label: str
@@ -33,7 +33,7 @@ VARIANTS: dict[str, Variant] = {
     "bf16": Variant("bf16", None),
     "comfy-fp8-scaled": Variant("FP8", "comfy-fp8-scaled"),
     "modelopt-nvfp4": Variant("NVFP4", "modelopt-nvfp4"),
-    "fp8-scales-dropped": Variant("FP8, scales dropped", "comfy-fp8-scaled", misread.drop_scales),
+    "fp8-scales-dropped": Variant("FP8, scales dropped", "comfy-fp8-scaled", misread.drop_scales, "plain"),
     "nvfp4-nibbles-swapped": Variant(
         "NVFP4, nibbles swapped", "modelopt-nvfp4", misread.swap_nibbles, "modelopt"
     ),
