@@ -20,6 +20,7 @@ from . import errors
 from .auth import admit
 from .endpoints import Endpoint
 from .guards import Bodies, Origins, SecurityHeaders
+from .metrics import Metrics, Observed
 from .services import Services
 from .settings import Settings, is_loopback
 
@@ -60,15 +61,18 @@ def create_app(services: Services) -> FastAPI:
         finally:
             await run_in_threadpool(services.close)
 
+    metrics = Metrics() if services.settings.metrics else None
+    services.engine.tell.hub.listener = metrics.heard if metrics else None
     app = FastAPI(
         title="wan-serve",
         summary="Text-to-video with quantised WAN checkpoints, over OpenAI's /v1/videos.",
         lifespan=lifespan,
-        middleware=_middleware(services.settings),
+        middleware=_middleware(services.settings, metrics),
         docs_url=None,  # its pages load their scripts from elsewhere; /openapi.json is ours
         redoc_url=None,
     )
     app.state.services = services
+    app.state.metrics = metrics
     errors.install(app)
     for name in ENDPOINTS:
         endpoint = ENDPOINTS[name]
@@ -76,7 +80,7 @@ def create_app(services: Services) -> FastAPI:
     return app
 
 
-def _middleware(settings: Settings) -> list[Middleware]:
+def _middleware(settings: Settings, metrics: Metrics | None) -> list[Middleware]:
     """From the outside in."""
     local_only = is_loopback(settings.host) and not settings.api_keys and not settings.allow_remote
     chain = [
@@ -85,6 +89,8 @@ def _middleware(settings: Settings) -> list[Middleware]:
         Middleware(Origins, allowed=settings.allow_origin, local_only=local_only),
         Middleware(Bodies, seconds=settings.upload_seconds),
     ]
+    if metrics is not None:
+        chain.insert(1, Middleware(Observed, metrics=metrics))
     if settings.allow_origin:
         chain.append(
             Middleware(

@@ -99,6 +99,7 @@ def serve(
         "How often to look for what is to be removed."))] = DEFAULTS.sweep_seconds,
     embed_metadata: Annotated[bool, typer.Option(help=(
         "Write what decided a clip (prompt, seed, model, versions) into its MP4."))] = DEFAULTS.embed_metadata,
+    metrics: Annotated[bool, typer.Option("--metrics", help="Keep metrics for Prometheus, at /metrics.")] = False,
     log_level: Annotated[str, typer.Option(help=f"One of {', '.join(LEVELS)}.")] = DEFAULTS.log_level,
 ) -> None:  # fmt: skip
     """Serves text-to-video generation over OpenAI's /v1/videos."""
@@ -111,7 +112,7 @@ def serve(
         weights=weights, compute=compute, backend=backend, cancel_seconds=cancel_seconds, log_level=log_level,
         stall_seconds=stall_seconds, drain_seconds=drain_seconds, max_queue_seconds=max_queue_seconds,
         max_job_seconds=max_job_seconds, keep_days=keep_days, keep_gib=keep_gib, sweep_seconds=sweep_seconds,
-        embed_metadata=embed_metadata,
+        embed_metadata=embed_metadata, metrics=metrics,
     )  # fmt: skip
     _check(settings)
     if dry_run:

@@ -46,6 +46,7 @@ class Settings:
     sweep_seconds: float = 60.0  # between two looks for what is to be removed
     embed_metadata: bool = True  # into the clips: what decided them
     log_level: str = "info"
+    metrics: bool = False  # kept for Prometheus, at /metrics
 
     @property
     def model_name(self) -> str:

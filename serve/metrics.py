@@ -1,0 +1,138 @@
+"""Numbers for Prometheus: requests by route, jobs and their phases from minutes to hours, the queue, the worker.
+
+Requests are counted under the route's template (`/v1/videos/{video_id}`), never under what a client wrote, so that
+nobody can make the server keep a series for every address they think of.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from .services import Services
+
+MINUTE, HOUR = 60, 3600
+LONG = (
+    1,
+    5,
+    15,
+    30,
+    MINUTE,
+    2 * MINUTE,
+    5 * MINUTE,
+    10 * MINUTE,
+    20 * MINUTE,
+    30 * MINUTE,
+    HOUR,
+    2 * HOUR,
+    4 * HOUR,
+)
+STEP = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+REQUEST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
+METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
+
+
+class Metrics:
+    """What has happened since the server started. `heard` is called by the engine's thread, all else by requests."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        kept: dict[str, Any] = {"registry": self.registry}
+        self.requests = Histogram(
+            "wan_http_request_seconds",
+            "Time to answer.",
+            ("method", "route", "status"),
+            buckets=REQUEST,
+            **kept,
+        )
+        self.jobs = Histogram(
+            "wan_job_seconds", "From a job's start to its end.", ("outcome",), buckets=LONG, **kept
+        )
+        self.phases = Histogram(
+            "wan_phase_seconds", "Time in a phase of a job.", ("phase",), buckets=LONG, **kept
+        )
+        self.steps = Histogram("wan_step_seconds", "Time of a denoising step.", buckets=STEP, **kept)
+        self.failures = Counter(
+            "wan_job_failures", "Jobs that failed, by their error's code.", ("code",), **kept
+        )
+        self._now: dict[
+            str, tuple[str, float, float]
+        ] = {}  # job -> its last event, when it came, and when the first
+
+    def heard(self, job_id: str, name: str, data: Mapping[str, Any]) -> None:
+        """One event of a job, as its readers get it."""
+        now = time.monotonic()
+        if name in ("queued", "loading", "deleted"):
+            self._now.pop(job_id, None)
+        elif name in ("done", "failed"):
+            last, since, begun = self._now.pop(job_id, ("", now, now))
+            if last in ("decode", "encode"):
+                self.phases.labels(last).observe(now - since)
+            self.jobs.labels(name).observe(now - begun)
+            if name == "failed":
+                self.failures.labels(str(data["error"]["code"])).inc()
+        elif name != "preview":
+            last, since, begun = self._now.get(job_id, ("", now, now))
+            if last == name == "step":  # the first also holds the reading of the prompt
+                self.steps.observe(now - since)
+            elif last in ("decode", "encode"):
+                self.phases.labels(last).observe(now - since)
+            self._now[job_id] = (name, now, begun)
+
+    def text(self, served: Services) -> bytes:
+        """Everything in Prometheus's text format, with the queue and the worker as they are now."""
+        jobs, seconds = served.store.waiting()
+        state = served.engine.state
+        gauges = {
+            ("wan_queue_jobs", "Jobs that wait."): jobs,
+            ("wan_queue_seconds", "What they are predicted to take."): seconds,
+            ("wan_ready", "Whether a job would be run now."): int(state.ready),
+            ("wan_worker_memory_bytes", "The worker's resident memory."): resident(state.pid),
+        }
+        lines = [
+            f"# HELP {name} {told}\n# TYPE {name} gauge\n{name} {value}\n"
+            for (name, told), value in gauges.items()
+        ]
+        return generate_latest(self.registry) + "".join(lines).encode()
+
+
+def resident(pid: int | None) -> int:
+    """A process's resident memory in bytes; 0 where there is none."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0
+    return pages * resource.getpagesize()
+
+
+class Observed:
+    """Times every request under its route's template."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun, status = time.monotonic(), 500
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_note)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            self.metrics.requests.labels(method, route, str(status)).observe(time.monotonic() - begun)
