@@ -54,6 +54,7 @@ def started(server: Server, client: openai.OpenAI) -> Iterator[Callable[[dict[st
         client.videos.delete(video)
 
 
+@pytest.mark.timeout(3600 if SOAK else 600)
 def test_cancelled_jobs_stop_within_a_step_at_random_moments(
     server: Server, client: openai.OpenAI, started: Callable[[dict[str, Any]], str]
 ) -> None:
