@@ -130,7 +130,7 @@ def test_an_integer_weight_under_an_fp8_marker_is_what_its_dtype_says(tmp_path: 
     codes = np.random.default_rng(0).integers(-128, 128, (128, 128), dtype=np.int8)
     wanted.tensors[f"{FIRST}.weight"] = torch.from_numpy(codes)
     wanted.tensors[f"{FIRST}.scale_weight"] = torch.full((1,), 0.0025)
-    wanted.weights[FIRST] = codes * float(np.float32(0.0025))
+    wanted.weights[FIRST] = codes.astype(np.float64) * float(np.float32(0.0025))
     checkpoint = open_checkpoint(wanted.write(tmp_path))
     assert checkpoint.layers[FIRST].format == "int8"
     assert_reads(checkpoint, wanted)
