@@ -14,7 +14,7 @@ CHECKPOINTS := $(foreach kind,comfy-fp8-scaled modelopt-nvfp4,\
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test soak check bench fuzz clips checkpoints clean
+.PHONY: help demo serve test test-long soak check bench fuzz clips checkpoints clean
 
 help:  ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,7 +26,10 @@ serve: $(READY)  ## Keep that server up, on port 8000
 	$(BIN)/python examples/demo.py --serve
 
 test: check  ## The checks, then every test, with coverage printed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest -m "not long" --numprocesses 2 --dist loadfile --cov --cov-report=term
+
+test-long: $(READY)  ## The tests that `make test` leaves out: kills and hangs of the server, the whole fault matrix
+	$(BIN)/python -m pytest -m long --numprocesses 2 --dist loadfile
 
 soak: $(READY)  ## The server's long tests: 50 cancels, 100 rounds of kill -9
 	WAN_SOAK=1 $(BIN)/python -m pytest tests/serve/endpoints/test_cancel.py tests/serve/test_kills.py

@@ -18,7 +18,17 @@ from wan_runtime.dialects import DIALECTS
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("dialect", "weight_format"), matrix.CASES)
+def short(cases: list[tuple[str, str]]) -> list[object]:
+    """The cases: of each dialect the first two formats in every run, the others in the long one."""
+    seen: Counter[str] = Counter()
+    marked: list[object] = []
+    for case in cases:
+        seen[case[0]] += 1
+        marked.append(pytest.param(*case, marks=[pytest.mark.long] if seen[case[0]] > 2 else []))
+    return marked
+
+
+@pytest.mark.parametrize(("dialect", "weight_format"), short(matrix.CASES))
 def test_every_fault_that_can_be_told_is_read_right_or_refused(
     tmp_path: Path, dialect: str, weight_format: str
 ) -> None:

@@ -45,6 +45,7 @@ def test_the_server_answers_while_the_model_loads(doomed: Server) -> None:
     doomed.wait_ready()
 
 
+@pytest.mark.long
 def test_a_job_whose_worker_is_killed_twice_fails_with_the_reason_and_the_next_job_runs(
     doomed: Server,
 ) -> None:
@@ -76,6 +77,7 @@ def status(client: openai.OpenAI, video: str) -> str:
     return client.videos.retrieve(video).status
 
 
+@pytest.mark.long
 def test_a_worker_that_hangs_is_noticed_by_its_steps_and_killed(doomed: Server) -> None:
     doomed.wait_ready()
     with doomed.client() as client:
@@ -88,6 +90,7 @@ def test_a_worker_that_hangs_is_noticed_by_its_steps_and_killed(doomed: Server) 
         assert client.videos.poll(video.id).status == "completed"  # begun again by another
 
 
+@pytest.mark.long
 def test_a_worker_that_does_not_answer_a_cancel_is_killed(doomed: Server) -> None:
     doomed.wait_ready()
     with doomed.client() as client:

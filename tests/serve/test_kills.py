@@ -18,7 +18,7 @@ import pytest
 
 from tests.serve.conftest import QUICK, SOAK, Server, start, wait_for
 
-pytestmark = [pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"), pytest.mark.slow]
+pytestmark = [pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"), pytest.mark.long]
 PROMPT = "a small purple circle moving up on a green background"
 ROUNDS = 100 if SOAK else 3
 ENDS = {"completed", "failed"}
