@@ -11,10 +11,8 @@ import fcntl
 import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
-import tempfile
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -22,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from anyio import CapacityLimiter
+
+from wan_runtime import written_aside
 
 KEY = re.compile(r"wan_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,63}")
@@ -111,16 +111,8 @@ def _changing(path: Path) -> Iterator[dict[str, ApiKey]]:
         keys = read(path) if path.exists() else {}
         yield keys
         text = json.dumps({"keys": [asdict(record) for record in keys.values()]}, indent=1)
-        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600 from the start
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            os.unlink(aside)
-            raise
+        with written_aside(path, mode=0o600) as aside:
+            aside.write_text(text + "\n")
 
 
 def _digest(secret: str, salt: str) -> str:

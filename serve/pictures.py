@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from wan_runtime import written_aside
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from PIL.Image import Image as Picture
 
 THUMBNAIL_SIDE = 512  # pixels of the longer side, at most
 SPRITE_SIDE = 160
@@ -23,7 +23,8 @@ def write_thumbnail(frames: NDArray[np.uint8], path: Path) -> None:
 
     picture = Image.fromarray(frames[len(frames) // 2])
     picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    _save(picture, path, "WEBP", quality=85)
+    with written_aside(path) as aside:
+        picture.save(aside, "WEBP", quality=85)
 
 
 def write_spritesheet(frames: NDArray[np.uint8], path: Path) -> None:
@@ -40,14 +41,5 @@ def write_spritesheet(frames: NDArray[np.uint8], path: Path) -> None:
         chosen = round(place * (len(frames) - 1) / max(count - 1, 1))
         row, column = divmod(place, columns)
         sheet.paste(Image.fromarray(frames[chosen]).resize(cell), (column * cell[0], row * cell[1]))
-    _save(sheet, path, "JPEG", quality=85)
-
-
-def _save(picture: Picture, path: Path, kind: str, quality: int) -> None:
-    """Encodes `picture` beside `path`, then renames it: a reader finds all of it or nothing."""
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        picture.save(aside, kind, quality=quality)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as aside:
+        sheet.save(aside, "JPEG", quality=85)

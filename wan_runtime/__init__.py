@@ -9,6 +9,7 @@ from wan_runtime.version import VERSION
 
 if TYPE_CHECKING:
     from wan_runtime.api import inspect, load, patch, unpatch
+    from wan_runtime.aside import written_aside
     from wan_runtime.calibrating import calibrate
     from wan_runtime.catalogue import Catalogue
     from wan_runtime.comparing import compare
@@ -37,6 +38,7 @@ _HOME = {
     "generate": "generating",
     "load_pipeline": "pipelines",
     "write_video": "video",
+    "written_aside": "aside",
 }
 
 __version__ = VERSION
@@ -58,6 +60,7 @@ __all__ = [
     "patch",
     "unpatch",
     "write_video",
+    "written_aside",
 ]
 
 

@@ -16,14 +16,15 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """A path beside `path` to write to; it replaces `path` when the block ends, and is removed when it fails.
 
+    mode: the file's permissions from its first byte on, less the process's umask.
     Temporaries of `path` whose writers were killed are removed first.
     """
     _remove_abandoned(path)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    with _locked(aside):
+    with _locked(aside, mode):
         try:
             yield aside
             _flush(aside)
@@ -35,9 +36,9 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(aside: Path) -> Iterator[None]:
+def _locked(aside: Path, mode: int) -> Iterator[None]:
     """The file made, and locked until the block ends or the process does."""
-    handle = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    handle = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
     try:
         with contextlib.suppress(
             OSError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +54,8 @@ def checkpoint(name: str, folder: Path, names: str = "original") -> Path:
     if variant.misreading is None:
         wan_runtime.convert(SOURCE, out, to=variant.kind, names=names)
     else:
-        aside = out.with_suffix(".part")
-        variant.misreading(checkpoint(variant.kind, folder, names), aside)
-        os.replace(aside, out)
+        with wan_runtime.written_aside(out) as aside:
+            variant.misreading(checkpoint(variant.kind, folder, names), aside)
     return out
 
 
