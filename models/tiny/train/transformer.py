@@ -32,7 +32,7 @@ TOKENS = 48  # longer than any prompt, so that the text encoder is not trained o
 class TransformerOptions:
     """How many clips are encoded once as the data set, how many are drawn for a step, and the peak rate."""
 
-    clips: int = 8192
+    clips: int = 16384
     batch: int = 256
     peak: float = 1.2e-3  # 6e-4 is right for a resumed run
     compiled: bool = False
@@ -253,7 +253,7 @@ def train(folders: Folders, seconds: float, device: torch.device, options: Trans
     vae = AutoencoderKLWan.from_pretrained(folders.vae, torch_dtype=torch.float32)
     vae.to(device).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(folders.tokenizer)
-    classes = scenes.sample(options.clips, generator)
+    classes = scenes.study(options.clips, generator)
     with torch.backends.cudnn.flags(benchmark=False):
         latents = encode_clips(vae, classes, generator)
     latents = latents.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
