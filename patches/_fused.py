@@ -78,6 +78,14 @@ class Context:
     image: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class Following:
+    """The first norm of the block that comes next, a kernels' Modulation, and whether its products take codes."""
+
+    norm1: Any
+    codes: bool
+
+
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # both [batch, tokens, heads, head]
 
 
@@ -147,7 +155,10 @@ def forward(
     table: torch.Tensor | None,
     context: list[KeysValues],
     kernels: Any,
-) -> torch.Tensor:
+    *,
+    rows: Any = None,
+    following: Following | None = None,
+) -> tuple[torch.Tensor, Any]:
     """One block.
 
     Args:
@@ -157,8 +168,10 @@ def forward(
         table: rotary table [tokens, head] of norm_rope, or None.
         context: K and V of the text, then of the image where there is one.
         kernels: wan_runtime.kernels.fused.TRITON, or TWINS.
+        rows: what this block's first norm makes of x, where the block before has made it.
+        following: the first norm of the block after this one, to be made in the pass that ends this block.
 
-    Returns the stream after the block, a new tensor.
+    Returns the stream after the block, a new tensor, and its Rows for the block after it (None without `following`).
     """
     from wan_runtime.kernels.norm_modulate import Modulation
 
@@ -167,8 +180,10 @@ def forward(
     stream = x.reshape(batch * tokens, width)
     shift, scale, gate, shift3, scale3, gate3 = modulation.unbind(1)
 
-    norm1 = Modulation(scale, shift, block.eps1, index=index)
-    rows = kernels.norm_modulate(stream, norm1, all(takes_codes(m) for m in (me.q, me.k, me.v)))
+    if rows is None:
+        rows = kernels.norm_modulate(
+            stream, Modulation(scale, shift, block.eps1, index=index), coded_input(me)
+        )
     attended, v_bias = _self_attention(me, rows, batch, tokens, table, kernels)
     rows = kernels.attention_output(attended, v_bias, None, takes_codes(me.o))
     y, bias = multiply(me.o, rows)
@@ -189,9 +204,14 @@ def forward(
     hidden, bias = multiply(block.up, rows)
     y, bias = multiply(block.down, kernels.gelu_quantize(hidden, bias, takes_codes(block.down)))
     del hidden
-    stream, _ = kernels.residual_norm(y, bias, gate3, stream, index, None, False, into=stream)
-    result: torch.Tensor = stream.view(batch, tokens, width)
-    return result
+    after, codes = (None, False) if following is None else (following.norm1, following.codes)
+    stream, rows = kernels.residual_norm(y, bias, gate3, stream, index, after, codes, into=stream)
+    return stream.view(batch, tokens, width), rows
+
+
+def coded_input(part: SelfAttention) -> bool:
+    """Whether q, k and v all take codes, so that their input is quantised once."""
+    return all(takes_codes(module) for module in (part.q, part.k, part.v))
 
 
 def _self_attention(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
+from torch import nn
 
 from ._fused import KeysValues
 
@@ -26,12 +29,29 @@ class Prompt:
         return same and torch.equal(mine, context)
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What a block has made for the one after it: `rows`, of the stream it gave, under the modulation of `temb`."""
+
+    stream: torch.Tensor
+    version: int
+    temb: torch.Tensor
+    rows: Any
+
+    def is_for(self, stream: torch.Tensor, temb: torch.Tensor) -> bool:
+        """Whether a block is given what it was made for, and nothing has been written into that since."""
+        return stream is self.stream and temb is self.temb and stream._version == self.version
+
+
 class Shared:
     """Caches of one model. A copy or a pickle of it starts empty.
 
     prompts  K and V of the last prompts, a block: they depend on the prompt and the weights alone.
     rotary   the host's table, and the one made of it, kept while the host hands out the same.
     folded   weights of norms with FP8 attention's static scales in them, a block.
+    blocks   the blocks that have run, by their number.
+    carried  what a block has made for the block of a number; `unwanted` are the numbers whose block was then given
+             another stream (a host may add to it, or leave blocks out), for which none is made again.
     steps    the distinct timesteps' modulation of this forward, where the host expands it to every token.
     """
 
@@ -44,12 +64,32 @@ class Shared:
         self.current: tuple[torch.Tensor, Prompt] | None = None
         self.folded: dict[int, tuple[Folded, Folded]] = {}
         self.rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.blocks: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+        self.carried: dict[int, Carried] = {}
+        self.unwanted: set[int] = set()
         self.steps: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def begin(self) -> None:
         """A forward begins: what was known by identity alone is no longer."""
         self.current = None
         self.steps = None
+        self.unwanted |= self.carried.keys()
+        self.carried = {}
+
+    def take(self, number: int, stream: torch.Tensor, temb: torch.Tensor) -> Any:
+        """The rows carried to a block, or None where there are none for what it was given."""
+        carried = self.carried.pop(number, None)
+        if carried is None:
+            return None
+        if carried.is_for(stream, temb):
+            return carried.rows
+        self.unwanted.add(number)
+        return None
+
+    def carry(self, number: int, stream: torch.Tensor, temb: torch.Tensor, rows: Any) -> None:
+        """Keep rows of `stream` for the block of a number."""
+        if rows is not None:
+            self.carried[number] = Carried(stream, stream._version, temb, rows)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

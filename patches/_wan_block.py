@@ -197,7 +197,33 @@ def run(
         context = shared.keys_values(number, encoder_hidden_states, make)
     else:
         context = make()
-    return _fused.forward(parts, x, modulation, index, table, context, chosen)
+    if (
+        torch.compiler.is_compiling() or x.is_inference()
+    ):  # no identities, or no versions, to tell a stream by
+        return _fused.forward(parts, x, modulation, index, table, context, chosen)[0]
+    shared.blocks[number] = block
+    rows = shared.take(number, x, temb)
+    following = _following(shared, number + 1, x, temb)
+    result, rows = _fused.forward(
+        parts, x, modulation, index, table, context, chosen, rows=rows, following=following
+    )
+    shared.carry(number + 1, result, temb, rows)
+    return result
+
+
+def _following(shared: Shared, number: int, x: torch.Tensor, temb: torch.Tensor) -> _fused.Following | None:
+    """The first norm of the block of a number, where it is on the fused forward, here, and was given our stream before."""
+    from wan_runtime.kernels.norm_modulate import Modulation
+
+    block: Any = shared.blocks.get(number)
+    if block is None or number in shared.unwanted or block.scale_shift_table.device != x.device:
+        return None
+    if hasattr(block, "proj_in") or unfusable(block) is not None:
+        return None
+    modulation, index = _modulation(block.scale_shift_table, temb, x.shape[0], x.shape[1], shared)
+    norm1 = Modulation(modulation[:, 1], modulation[:, 0], block.norm1.eps, index=index)
+    codes = _fused.coded_input(_parts(block, shared, number).self_attention)
+    return _fused.Following(norm1, codes)
 
 
 def _modulation(

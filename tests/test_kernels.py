@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-runtime[dev]')")
 
-from wan_runtime.kernels._rows import Rows, written
+from wan_runtime.kernels._rows import Launch, Rows, written
 from wan_runtime.kernels.attention_output import attention_output, attention_output_torch
 from wan_runtime.kernels.gelu_quantize import gelu_quantize, gelu_quantize_torch
 from wan_runtime.kernels.norm_modulate import Modulation, norm_modulate, norm_modulate_torch
@@ -85,7 +85,7 @@ def test_norm_modulate(tokens: int, width: int, entries: int, codes: bool) -> No
     picked = table.double()[index.long() if index is not None else torch.zeros(tokens, dtype=torch.long)]
     assert_rows(twin, normal * (1 + picked[:, 1]) + picked[:, 0])
     for rows in (1, 4):
-        assert_twins(norm_modulate(x, modulation, codes, rows), twin)
+        assert_twins(norm_modulate(x, modulation, codes, Launch(rows)), twin)
 
 
 def test_norm_modulate_without_the_one_is_an_affine_layer_norm() -> None:
@@ -114,7 +114,7 @@ def test_residual_norm(normed: bool, gated: bool, entries: int, dtype: torch.dty
     assert ((total.double() - truth).abs() <= truth.abs() * rounding + 1e-5 * truth.abs().max()).all()
     for rows in (1, 4):
         into = residual.clone()
-        again, result = residual_norm(y, bias, gate, into, index, after, True, into=into, rows=rows)
+        again, result = residual_norm(y, bias, gate, into, index, after, True, into=into, launch=Launch(rows))
         assert again is into
         torch.testing.assert_close(again, total, rtol=2 * rounding, atol=1e-4)
         if after is None:
@@ -159,7 +159,7 @@ def test_norm_rope(rotate: bool, heads: int, head: int, dtype: torch.dtype) -> N
     beside = packed[:, :width].clone()
     for rows in (1, 4):
         target = packed.clone()[:, width:]
-        norm_rope(target, bias, weight, EPS, table, rows=rows)
+        norm_rope(target, bias, weight, EPS, table, launch=Launch(rows))
         assert ((target.double() - truth).abs() <= truth.abs() * torch.finfo(dtype).eps + 1e-4).all()
     again = norm_rope_torch(x, bias, weight, EPS, table)
     assert again is x and torch.equal(packed[:, :width], beside)
@@ -210,7 +210,7 @@ def test_gelu_quantize(tokens: int, width: int, codes: bool) -> None:
     twin = gelu_quantize_torch(x, bias, codes)
     assert_rows(twin, torch.nn.functional.gelu(x.double() + bias.double(), approximate="tanh"))
     for rows in (1, 4):
-        assert_twins(gelu_quantize(x, bias, codes, rows), twin)
+        assert_twins(gelu_quantize(x, bias, codes, Launch(rows)), twin)
 
 
 @pytest.mark.parametrize("codes", [True, False])

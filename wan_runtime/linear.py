@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from wan_runtime import corrections
-from wan_runtime.backends import Multiply, coded_multiplier, multiplier
+from wan_runtime.backends import Multiply, biased_multiplier, coded_multiplier, multiplier
 from wan_runtime.errors import QuantisedWeight
 from wan_runtime.residents import Move, keeping_dtype, served
 
@@ -96,6 +96,7 @@ class QuantLinear(nn.Linear):
         self.pair = replaces is not None and served(replaces)
         fp32 = None if bias is None else nn.Parameter(bias.to(torch.float32), requires_grad=False)
         self.register_parameter("bias", fp32)
+        self._short_bias = _is_bf16(fp32)
         _, around = corrections.split(format, slots)
         self.corrected = bool(
             around
@@ -112,6 +113,7 @@ class QuantLinear(nn.Linear):
         """Look the multipliers up once, so that a forward pays for no catalogue."""
         self._multiply: Multiply = multiplier(self.backend, self.format, self.compute)
         self.coded = coded_multiplier(self.backend, self.format, self.compute)
+        self._biased = biased_multiplier(self.backend, self.format, self.compute)
         anywhere = self.compute in ("bf16", "fp32")
         self._elsewhere: Multiply = self._multiply if anywhere else multiplier("torch", self.format, "bf16")
 
@@ -142,6 +144,7 @@ class QuantLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._short_bias = _is_bf16(self.bias)
         if f"{prefix}rotation" in state_dict and self._group is not None:
             self._group = int(state_dict[f"{prefix}rotation"].item())
         if (
@@ -159,17 +162,31 @@ class QuantLinear(nn.Linear):
         dtype = _result_dtype(input)
         rows = input.reshape(math.prod(input.shape[:-1]), self.in_features).to(dtype)
         multiply = self._multiply if kind == self.planned_for else self._elsewhere
+        bias: torch.Tensor | None = self.bias
         if self.corrected:
             rows, scaled = corrections.before(rows, slots, self._group)
             product = corrections.after(multiply(rows, slots, static if self.static else None), scaled, slots)
+        elif self._adds_bias(kind, dtype):
+            assert self._biased is not None and bias is not None
+            product = self._biased(rows, slots, static if self.static else None, bias.to(torch.bfloat16))
+            bias = None
         else:
             product = multiply(rows, slots, static if self.static else None)
         if product.dtype != dtype:
             product = product.float()
-        if self.bias is not None:
-            product = product.add_(self.bias)  # in place and in one pass: torch sums in fp32, then rounds
+        if bias is not None:
+            product = product.add_(bias)  # in place and in one pass: torch sums in fp32, then rounds
         output = product.to(dtype).reshape(*input.shape[:-1], self.out_features)
         return (output, None) if self.pair else output
+
+    def _adds_bias(self, kind: str, dtype: torch.dtype) -> bool:
+        """Whether the product itself adds the bias: it can, the bias is exactly bf16, and so is the answer."""
+        return (
+            self._biased is not None
+            and self._short_bias
+            and kind == self.planned_for
+            and dtype == torch.bfloat16
+        )
 
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
         # What `weight` reads as follows the host's dtype; the storage does not.
@@ -179,7 +196,7 @@ class QuantLinear(nn.Linear):
         return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        bound = ("_multiply", "_elsewhere", "coded")
+        bound = ("_multiply", "_elsewhere", "_biased", "coded")
         return {name: value for name, value in self.__dict__.items() if name not in bound}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -191,6 +208,11 @@ class QuantLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.format}, compute={self.compute}, backend={self.backend}"
         )
+
+
+def _is_bf16(bias: torch.Tensor | None) -> bool:
+    """Whether every value of an fp32 bias is a bf16 number, so that a product may add it as one and lose nothing."""
+    return bias is not None and not bias.is_meta and torch.equal(bias, bias.to(torch.bfloat16).float())
 
 
 def _result_dtype(input: torch.Tensor) -> torch.dtype:

@@ -22,8 +22,15 @@ Multiply = Callable[[torch.Tensor, Slots, torch.Tensor | None], torch.Tensor]
 # (e4m3 codes [tokens, in], their fp32 scale [tokens, 1], weight slots) -> product [tokens, out] without bias.
 Coded = Callable[[torch.Tensor, torch.Tensor, Slots], torch.Tensor]
 
+# As Multiply, with a bias [out] in the product's dtype that is added before the one rounding to it.
+Biased = Callable[[torch.Tensor, Slots, torch.Tensor | None, torch.Tensor], torch.Tensor]
+
 
 def _no_codes(weight_format: str, compute: str) -> Coded | None:
+    return None
+
+
+def _no_bias(weight_format: str, compute: str) -> Biased | None:
     return None
 
 
@@ -37,6 +44,8 @@ class Backend:
     kernel    (format, compute) -> the function that multiplies.
     coded     (format, compute) -> the function that multiplies activations which a fused kernel has quantised a token
               already, or None where the product does not take e4m3 codes.
+    biased    (format, compute) -> the function that multiplies bf16 activations and adds a bf16 bias in the same pass,
+              or None. The bias of a file is fp32: a layer whose bias is exactly bf16 saves a pass over its output.
     """
 
     name: str
@@ -44,6 +53,7 @@ class Backend:
     refuses: Callable[[str, str, torch.device, tuple[int, int]], str | None]
     kernel: Callable[[str, str], Multiply]
     coded: Callable[[str, str], Coded | None] = _no_codes
+    biased: Callable[[str, str], Biased | None] = _no_bias
 
 
 BACKENDS: Catalogue[Backend] = Catalogue("wan_runtime.backends", Backend)
@@ -70,6 +80,11 @@ def multiplier(backend: str, weight_format: str, compute: str) -> Multiply:
 def coded_multiplier(backend: str, weight_format: str, compute: str) -> Coded | None:
     """The function that multiplies e4m3 codes for a layer, or None."""
     return backend_named(backend).coded(weight_format, compute)
+
+
+def biased_multiplier(backend: str, weight_format: str, compute: str) -> Biased | None:
+    """The function that multiplies for a layer and adds its bf16 bias, or None."""
+    return backend_named(backend).biased(weight_format, compute)
 
 
 def device_named(name: str | torch.device | None) -> torch.device:

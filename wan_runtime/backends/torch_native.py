@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from wan_runtime.backends import Backend, Coded, Multiply
+from wan_runtime.backends import Backend, Biased, Coded, Multiply
 from wan_runtime.formats import FORMATS, Slots
 
 FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -88,26 +88,39 @@ def coded(weight_format: str, compute: str) -> Coded | None:
     return functools.partial(_coded_fp8, FP8_DTYPES[weight_format])
 
 
+def biased(weight_format: str, compute: str) -> Biased | None:
+    function = kernel(weight_format, compute)
+    return function if compute == "fp8" else None  # type: ignore[return-value]  # its bias is optional
+
+
 def _coded_fp8(
-    dtype: torch.dtype, codes: torch.Tensor, token_scale: torch.Tensor, slots: Slots
+    dtype: torch.dtype, codes: torch.Tensor, token_scale: torch.Tensor, slots: Slots,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    return _scaled_mm(codes, token_scale, slots["payload"].view(dtype), slots["scale"], bias)
+
+
+def _coded_nvfp4(
+    codes: torch.Tensor, token_scale: torch.Tensor, slots: Slots, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    return _scaled_mm(codes, token_scale, slots["payload"].view(dtype), slots["scale"])
-
-
-def _coded_nvfp4(codes: torch.Tensor, token_scale: torch.Tensor, slots: Slots) -> torch.Tensor:
     from wan_runtime.kernels.expand_nvfp4 import expand_nvfp4
 
     weight, scale = expand_nvfp4(slots["payload"], slots["block_scale"], slots["scale"])
-    return _scaled_mm(codes, token_scale, weight, scale)
+    return _scaled_mm(codes, token_scale, weight, scale, bias)
 
 
-def _fp8(dtype: torch.dtype, rows: torch.Tensor, slots: Slots, static: torch.Tensor | None) -> torch.Tensor:
-    return _coded_fp8(dtype, *_quantised(rows, static), slots)
+def _fp8(
+    dtype: torch.dtype, rows: torch.Tensor, slots: Slots, static: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    return _coded_fp8(dtype, *_quantised(rows, static), slots, bias)
 
 
-def _nvfp4_as_fp8(rows: torch.Tensor, slots: Slots, static: torch.Tensor | None) -> torch.Tensor:
+def _nvfp4_as_fp8(
+    rows: torch.Tensor, slots: Slots, static: torch.Tensor | None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     # An NVFP4 input scale is amax / 2688; an FP8 one of the same amax is 6 times larger.
-    return _coded_nvfp4(*_quantised(rows, None if static is None else static * 6), slots)
+    return _coded_nvfp4(*_quantised(rows, None if static is None else static * 6), slots, bias)
 
 
 def _quantised(rows: torch.Tensor, static: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,9 +134,10 @@ def _quantised(rows: torch.Tensor, static: torch.Tensor | None) -> tuple[torch.T
 
 
 def _scaled_mm(
-    codes: torch.Tensor, token_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
-    """codes [tokens, in] x weight codes [out, in] -> bf16 [tokens, out]."""
+    codes: torch.Tensor, token_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """codes [tokens, in] x weight codes [out, in], and a bf16 bias [out] -> bf16 [tokens, out]."""
     if not codes.shape[0]:  # cuBLAS refuses an empty product
         return torch.empty(0, weight.shape[0], dtype=torch.bfloat16, device=codes.device)
     channel_scale = scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()
@@ -132,9 +146,10 @@ def _scaled_mm(
         weight.t(),
         scale_a=token_scale,
         scale_b=channel_scale,
+        bias=bias,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
 
 
-BACKEND = Backend(name="torch", computes=computes, refuses=refuses, kernel=kernel, coded=coded)
+BACKEND = Backend(name="torch", computes=computes, refuses=refuses, kernel=kernel, coded=coded, biased=biased)

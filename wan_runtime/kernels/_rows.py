@@ -107,15 +107,44 @@ def store_row(
     store_plain(out + row * WIDTH, a, b, WIDTH, A, B)
 
 
-def launch(tokens: int, width: int, rows: int, warps: int) -> tuple[tuple[int], dict[str, int]]:
-    """The grid and the constants of a row kernel whose programs take `rows` rows each, one after the other.
+@dataclass(frozen=True)
+class Launch:
+    """How a row kernel is launched: nothing of it changes a result.
 
-    What every row needs (biases, modulation) is read once and kept in registers, and a row is asked for while the one
-    before is worked on. A row is held in two parts, powers of two as Triton wants them: 5120 is 4096 and 1024, where
-    one part would be 8192 and do 1.6 times the work.
+    rows       tokens a program takes, one after the other; what every row needs (biases, modulation) is read once and
+               kept in registers.
+    warps      a program's, at most: rows that are short take fewer.
+    stages     rows that are on their way from memory at a time, in shared memory and not in registers.
+    registers  the most a thread may hold, or None for the compiler's choice; fewer let more programs run side by side.
     """
-    part = 1 << ((width - 1).bit_length() - 1)  # the largest power of two below the width
-    rest = triton.next_power_of_2(width - part)
-    warps = min(max(triton.next_power_of_2(width) // 256, 1), warps)
-    grid = (triton.cdiv(tokens, rows),)
-    return grid, {"WIDTH": width, "A": part, "B": rest, "num_warps": warps}
+
+    rows: int = 16
+    warps: int = 4
+    stages: int = 3
+    registers: int | None = None
+
+    def grid(self, tokens: int) -> tuple[int]:
+        """The programs for so many tokens."""
+        return (triton.cdiv(tokens, self.rows),)
+
+    def constants(self, width: int) -> dict[str, int | None]:
+        """A row is held in two parts, powers of two as Triton wants them: 5120 is 4096 and 1024, where one part would
+        be 8192 and do 1.6 times the work."""
+        a, rest = first_part(width)
+        return {"A": a, "B": triton.next_power_of_2(rest), **self._common(width)}
+
+    def constants_of_three(self, width: int) -> dict[str, int | None]:
+        """The same in three parts, for wide rows that do much with each value: 13824 is 8192, 4096 and 2048."""
+        a, rest = first_part(width)
+        b, rest = first_part(rest)
+        return {"A": a, "B": b, "C": triton.next_power_of_2(rest), **self._common(width)}
+
+    def _common(self, width: int) -> dict[str, int | None]:
+        warps = min(max(triton.next_power_of_2(width) // 256, 1), self.warps)
+        return {"WIDTH": width, "STAGES": self.stages, "num_warps": warps, "maxnreg": self.registers}
+
+
+def first_part(width: int) -> tuple[int, int]:
+    """The largest power of two below a width of at least 2, and what is left."""
+    part = 1 << ((width - 1).bit_length() - 1)
+    return part, width - part

@@ -14,7 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from wan_runtime.kernels._rows import E4M3_MAX, LEAST, Rows, empty_rows, launch, load_row, store_row, written
+from wan_runtime.kernels._rows import E4M3_MAX, LEAST, Launch, Rows, empty_rows, load_row, store_row, written
+
+LAUNCH = Launch(rows=4)
 
 
 def attention_output_torch(
@@ -29,17 +31,16 @@ def attention_output_torch(
 def _attention_output(
     x, bias, other, out, scales, tokens, rows, HAS_BIAS: tl.constexpr, HAS_OTHER: tl.constexpr,
     E4M3_MAX: tl.constexpr, LEAST: tl.constexpr, CODES: tl.constexpr,
-    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * rows
     last = tl.minimum(first + rows, tokens)
     if HAS_BIAS:
         bias_a, bias_b = load_row(bias, WIDTH, A, B)
-    next_a, next_b = load_row(x + first * WIDTH, WIDTH, A, B)
-    for row in range(first, last):
-        a = next_a.to(tl.float32)
-        b = next_b.to(tl.float32)
-        next_a, next_b = load_row(x + tl.minimum(row + 1, last - 1) * WIDTH, WIDTH, A, B)
+    for row in tl.range(first, last, num_stages=STAGES):
+        a, b = load_row(x + row * WIDTH, WIDTH, A, B)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
         if HAS_OTHER:
             other_a, other_b = load_row(other + row * WIDTH, WIDTH, A, B)
             a += other_a.to(tl.float32)
@@ -51,16 +52,18 @@ def _attention_output(
 
 
 def attention_output(
-    x: torch.Tensor, bias: torch.Tensor | None, other: torch.Tensor | None, codes: bool, rows: int = 16,
-    warps: int = 8,
-) -> Rows:  # fmt: skip
-    """x + other + bias of x [tokens, width], quantised a row; see above. `rows` and `warps` shape the launch."""
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    other: torch.Tensor | None,
+    codes: bool,
+    launch: Launch = LAUNCH,
+) -> Rows:
+    """x + other + bias of x [tokens, width], quantised a row; see above."""
     tokens, width = x.shape
     result = empty_rows(x, codes, x.dtype)
     if tokens:
-        grid, constants = launch(tokens, width, rows, warps)
-        _attention_output[grid](
-            x, bias, other, result.values, result.scale, tokens, rows, HAS_BIAS=bias is not None,
-            HAS_OTHER=other is not None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes, **constants,
+        _attention_output[launch.grid(tokens)](
+            x, bias, other, result.values, result.scale, tokens, launch.rows, HAS_BIAS=bias is not None,
+            HAS_OTHER=other is not None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes, **launch.constants(width),
         )  # fmt: skip
     return result

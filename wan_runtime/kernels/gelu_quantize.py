@@ -1,6 +1,6 @@
 """Bias, tanh-GELU and per-token FP8 quantisation of the feed-forward's hidden activations: one pass.
 
-In:  x [tokens, width], a product without its bias, contiguous; bias [width] fp32 or None.
+In:  x [tokens, width], a product without its bias, contiguous, width at least 4; bias [width] fp32 or None.
 Out: Rows of gelu(x + bias): e4m3 codes and scale [tokens, 1], or plain in x's dtype.
 Bytes moved: 3 an element from bf16 to codes.
 """
@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from wan_runtime.kernels._rows import E4M3_MAX, LEAST, Rows, empty_rows, launch, load_row, store_row, written
+from wan_runtime.kernels._rows import E4M3_MAX, LEAST, Launch, Rows, empty_rows, written
+
+LAUNCH = Launch(rows=8, warps=8)
 
 
 def gelu_quantize_torch(x: torch.Tensor, bias: torch.Tensor | None, codes: bool) -> Rows:
@@ -29,35 +31,61 @@ def _gelu(x):
 
 
 @triton.jit
+def _largest(values, C: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT values folded to the largest magnitudes of C groups."""
+    return tl.max(tl.reshape(tl.abs(values), (C, COUNT // C)), 1)
+
+
+@triton.jit
 def _gelu_quantize(
     x, bias, out, scales, tokens, rows, HAS_BIAS: tl.constexpr, E4M3_MAX: tl.constexpr, LEAST: tl.constexpr,
-    CODES: tl.constexpr, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    CODES: tl.constexpr, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * rows
     last = tl.minimum(first + rows, tokens)
+    at_a = tl.arange(0, A)
+    at_b = A + tl.arange(0, B)
+    at_c = A + B + tl.arange(0, C)
+    inside = at_c < WIDTH
     if HAS_BIAS:
-        bias_a, bias_b = load_row(bias, WIDTH, A, B)
-    next_a, next_b = load_row(x + first * WIDTH, WIDTH, A, B)
-    for row in range(first, last):
-        a = next_a.to(tl.float32)
-        b = next_b.to(tl.float32)
-        next_a, next_b = load_row(x + tl.minimum(row + 1, last - 1) * WIDTH, WIDTH, A, B)
+        bias_a = tl.load(bias + at_a)
+        bias_b = tl.load(bias + at_b)
+        bias_c = tl.load(bias + at_c, mask=inside, other=0.0)
+    for row in tl.range(first, last, num_stages=STAGES):
+        read = x + row * WIDTH
+        a = tl.load(read + at_a).to(tl.float32)
+        b = tl.load(read + at_b).to(tl.float32)
+        c = tl.load(read + at_c, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
             a += bias_a
             b += bias_b
-        store_row(_gelu(a), _gelu(b), out, scales, row, WIDTH, A, B, E4M3_MAX, LEAST, CODES)
+            c += bias_c
+        a = _gelu(a)
+        b = _gelu(b)
+        c = _gelu(c)
+        if CODES:
+            folded = tl.maximum(_largest(a, C, A), _largest(b, C, B))
+            amax = tl.max(tl.maximum(folded, tl.abs(c)), 0)
+            scale = tl.where(amax > 0, tl.maximum(amax / E4M3_MAX, LEAST), 1.0)
+            tl.store(scales + row, scale)
+            inverse = 1.0 / scale
+            a *= inverse
+            b *= inverse
+            c *= inverse
+        write = out + row * WIDTH
+        tl.store(write + at_a, a.to(out.dtype.element_ty))
+        tl.store(write + at_b, b.to(out.dtype.element_ty))
+        tl.store(write + at_c, c.to(out.dtype.element_ty), mask=inside)
 
 
-def gelu_quantize(
-    x: torch.Tensor, bias: torch.Tensor | None, codes: bool, rows: int = 16, warps: int = 16
-) -> Rows:
-    """gelu(x + bias) of x [tokens, width], quantised a row; see above. `rows` and `warps` shape the launch."""
+def gelu_quantize(x: torch.Tensor, bias: torch.Tensor | None, codes: bool, launch: Launch = LAUNCH) -> Rows:
+    """gelu(x + bias) of x [tokens, width], quantised a row; see above."""
     tokens, width = x.shape
     result = empty_rows(x, codes, x.dtype)
     if tokens:
-        grid, constants = launch(tokens, width, rows, warps)
-        _gelu_quantize[grid](
-            x, bias, result.values, result.scale, tokens, rows, HAS_BIAS=bias is not None, E4M3_MAX=E4M3_MAX,
-            LEAST=LEAST, CODES=codes, **constants,
+        _gelu_quantize[launch.grid(tokens)](
+            x, bias, result.values, result.scale, tokens, launch.rows, HAS_BIAS=bias is not None, E4M3_MAX=E4M3_MAX,
+            LEAST=LEAST, CODES=codes, **launch.constants_of_three(width),
         )  # fmt: skip
     return result

@@ -19,14 +19,16 @@ import triton.language as tl
 from wan_runtime.kernels._rows import (
     E4M3_MAX,
     LEAST,
+    Launch,
     Rows,
     empty_rows,
-    launch,
     load_row,
     normalise,
     store_row,
     written,
 )
+
+LAUNCH = Launch(registers=128)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def norm_modulate_torch(x: torch.Tensor, modulation: Modulation, codes: bool) ->
 def _norm_modulate(
     x, factor, shift, index, out, scales, tokens, rows, stride, eps,
     PLUS: tl.constexpr, SINGLE: tl.constexpr, E4M3_MAX: tl.constexpr, LEAST: tl.constexpr, CODES: tl.constexpr,
-    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * rows
     last = tl.minimum(first + rows, tokens)
@@ -66,37 +68,29 @@ def _norm_modulate(
         taken = tl.load(index + first).to(tl.int64)
     factor_a, factor_b = load_row(factor + taken * stride, WIDTH, A, B)
     shift_a, shift_b = load_row(shift + taken * stride, WIDTH, A, B)
-    next_a, next_b = load_row(x + first * WIDTH, WIDTH, A, B)
-    for row in range(first, last):
-        a = next_a.to(tl.float32)
-        b = next_b.to(tl.float32)
-        next_a, next_b = load_row(x + tl.minimum(row + 1, last - 1) * WIDTH, WIDTH, A, B)
+    for row in tl.range(first, last, num_stages=STAGES):
+        a, b = load_row(x + row * WIDTH, WIDTH, A, B)
         if not SINGLE:
             entry = tl.load(index + row).to(tl.int64)
             if entry != taken:
                 taken = entry
                 factor_a, factor_b = load_row(factor + taken * stride, WIDTH, A, B)
                 shift_a, shift_b = load_row(shift + taken * stride, WIDTH, A, B)
-        a, b = normalise(a, b, eps, WIDTH, A, B)
+        a, b = normalise(a.to(tl.float32), b.to(tl.float32), eps, WIDTH, A, B)
         a = a * (factor_a + PLUS) + shift_a
         b = b * (factor_b + PLUS) + shift_b
         store_row(a, b, out, scales, row, WIDTH, A, B, E4M3_MAX, LEAST, CODES)
 
 
-def norm_modulate(
-    x: torch.Tensor, modulation: Modulation, codes: bool, rows: int = 16, warps: int = 16
-) -> Rows:
-    """LayerNorm, modulate and quantise each row of x [tokens, width]; see the module's docstring.
-
-    `rows` and `warps` shape the launch.
-    """
+def norm_modulate(x: torch.Tensor, modulation: Modulation, codes: bool, launch: Launch = LAUNCH) -> Rows:
+    """LayerNorm, modulate and quantise each row of x [tokens, width]; see the module's docstring."""
     tokens, width = x.shape
     result = empty_rows(x, codes, x.dtype)
     m = modulation
     if tokens:
-        grid, constants = launch(tokens, width, rows, warps)
-        _norm_modulate[grid](
-            x, m.factor, m.shift, m.index, result.values, result.scale, tokens, rows, m.factor.stride(0), m.eps,
-            PLUS=m.plus, SINGLE=m.index is None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes, **constants,
+        _norm_modulate[launch.grid(tokens)](
+            x, m.factor, m.shift, m.index, result.values, result.scale, tokens, launch.rows, m.factor.stride(0), m.eps,
+            PLUS=m.plus, SINGLE=m.index is None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes,
+            **launch.constants(width),
         )  # fmt: skip
     return result

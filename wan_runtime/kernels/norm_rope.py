@@ -16,7 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from wan_runtime.kernels._rows import E4M3_MAX, LEAST, launch, load_row, row_sum, store_plain
+from wan_runtime.kernels._rows import E4M3_MAX, LEAST, Launch, load_row, row_sum, store_plain
+
+LAUNCH = Launch(rows=8)
 
 
 def bounded(weight: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,18 +63,18 @@ def _rotate(values, table, START: tl.constexpr, COUNT: tl.constexpr, HALF: tl.co
 def _norm_rope(
     x, out, bias, weight, table, tokens, rows, stride, out_stride, positions, eps,
     HALF: tl.constexpr, HAS_BIAS: tl.constexpr, ROTATE: tl.constexpr,
-    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * rows
     last = tl.minimum(first + rows, tokens)
     if HAS_BIAS:
         bias_a, bias_b = load_row(bias, WIDTH, A, B)
     weight_a, weight_b = load_row(weight, WIDTH, A, B)
-    next_a, next_b = load_row(x + first * stride, WIDTH, A, B)
-    for row in range(first, last):
-        a = next_a.to(tl.float32)
-        b = next_b.to(tl.float32)
-        next_a, next_b = load_row(x + tl.minimum(row + 1, last - 1) * stride, WIDTH, A, B)
+    # In place too a row may be read ahead: no other program writes it.
+    for row in tl.range(first, last, num_stages=STAGES):
+        a, b = load_row(x + row * stride, WIDTH, A, B)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
         if HAS_BIAS:
             a += bias_a
             b += bias_b
@@ -88,19 +90,15 @@ def _norm_rope(
 
 def norm_rope(
     x: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor, eps: float, table: torch.Tensor | None,
-    out: torch.Tensor | None = None, rows: int = 16, warps: int = 16,
+    out: torch.Tensor | None = None, launch: Launch = LAUNCH,
 ) -> torch.Tensor:  # fmt: skip
-    """Add the bias, normalise and rotate x [tokens, width], in place or into `out`, and return that; see above.
-
-    `rows` and `warps` shape the launch.
-    """
+    """Add the bias, normalise and rotate x [tokens, width], in place or into `out`, and return that; see above."""
     tokens, width = x.shape
     target = x if out is None else out
     if tokens:
-        grid, constants = launch(tokens, width, rows, warps)
-        _norm_rope[grid](
-            x, target, bias, weight, table, tokens, rows, x.stride(0), target.stride(0),
+        _norm_rope[launch.grid(tokens)](
+            x, target, bias, weight, table, tokens, launch.rows, x.stride(0), target.stride(0),
             1 if table is None else table.shape[0], eps, HALF=1 if table is None else table.shape[1] // 2,
-            HAS_BIAS=bias is not None, ROTATE=table is not None, **constants,
+            HAS_BIAS=bias is not None, ROTATE=table is not None, **launch.constants(width),
         )  # fmt: skip
     return target

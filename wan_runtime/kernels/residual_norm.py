@@ -18,9 +18,9 @@ import triton.language as tl
 from wan_runtime.kernels._rows import (
     E4M3_MAX,
     LEAST,
+    Launch,
     Rows,
     empty_rows,
-    launch,
     load_row,
     normalise,
     store_plain,
@@ -28,6 +28,9 @@ from wan_runtime.kernels._rows import (
     written,
 )
 from wan_runtime.kernels.norm_modulate import Modulation
+
+LAUNCH = Launch()
+PLAIN_LAUNCH = Launch(warps=8)  # without a norm there is little to do but wait for memory
 
 
 def residual_norm_torch(
@@ -51,7 +54,7 @@ def _residual_norm(
     HAS_BIAS: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, PLUS: tl.constexpr,
     ONE_GATE: tl.constexpr, ONE_ENTRY: tl.constexpr,
     E4M3_MAX: tl.constexpr, LEAST: tl.constexpr, CODES: tl.constexpr,
-    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * rows
     last = tl.minimum(first + rows, tokens)
@@ -65,16 +68,11 @@ def _residual_norm(
     if NORM:
         factor_a, factor_b = load_row(factor if ONE_ENTRY else factor + taken * stride, WIDTH, A, B)
         shift_a, shift_b = load_row(shift if ONE_ENTRY else shift + taken * stride, WIDTH, A, B)
-    next_a, next_b = load_row(y + first * WIDTH, WIDTH, A, B)
-    before_a, before_b = load_row(residual + first * WIDTH, WIDTH, A, B)
-    for row in range(first, last):
-        a = next_a.to(tl.float32)
-        b = next_b.to(tl.float32)
-        stream_a = before_a.to(tl.float32)
-        stream_b = before_b.to(tl.float32)
-        ahead = tl.minimum(row + 1, last - 1) * WIDTH
-        next_a, next_b = load_row(y + ahead, WIDTH, A, B)
-        before_a, before_b = load_row(residual + ahead, WIDTH, A, B)
+    for row in tl.range(first, last, num_stages=STAGES):
+        a, b = load_row(y + row * WIDTH, WIDTH, A, B)
+        stream_a, stream_b = load_row(residual + row * WIDTH, WIDTH, A, B)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
         if not (ONE_GATE and ONE_ENTRY):
             entry = tl.load(index + row).to(tl.int64)
             if entry != taken:
@@ -90,8 +88,8 @@ def _residual_norm(
         if GATED:
             a *= gate_a
             b *= gate_b
-        a = (a + stream_a).to(total.dtype.element_ty)
-        b = (b + stream_b).to(total.dtype.element_ty)
+        a = (a + stream_a.to(tl.float32)).to(total.dtype.element_ty)
+        b = (b + stream_b.to(tl.float32)).to(total.dtype.element_ty)
         store_plain(total + row * WIDTH, a, b, WIDTH, A, B)
         if NORM:
             normal_a, normal_b = normalise(a.to(tl.float32), b.to(tl.float32), eps, WIDTH, A, B)
@@ -103,27 +101,27 @@ def _residual_norm(
 def residual_norm(
     y: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor | None, residual: torch.Tensor,
     index: torch.Tensor | None, modulation: Modulation | None, codes: bool, *, into: torch.Tensor | None = None,
-    rows: int = 16, warps: int = 16,
+    launch: Launch | None = None,
 ) -> tuple[torch.Tensor, Rows | None]:  # fmt: skip
     """residual + gate * (y + bias), and what the next norm makes of it; see the module's docstring.
 
     `index` is the gate's; the Modulation has its own, the same tensor or None. `into` takes the sum: it may be the
-    residual itself. `rows` and `warps` shape the launch.
+    residual itself.
     """
     tokens, width = y.shape
     total = torch.empty_like(residual) if into is None else into
     m = modulation
     result = None if m is None else empty_rows(residual, codes, residual.dtype)
     if tokens:
-        grid, constants = launch(tokens, width, rows, warps)
-        _residual_norm[grid](
+        launch = launch or (LAUNCH if m is not None else PLAIN_LAUNCH)
+        _residual_norm[launch.grid(tokens)](
             y, bias, gate, residual, total, index if m is None or m.index is None else m.index,
             None if m is None else m.factor, None if m is None else m.shift,
             None if result is None else result.values, None if result is None else result.scale,
-            tokens, rows, 0 if gate is None else gate.stride(0), 0 if m is None else m.factor.stride(0),
+            tokens, launch.rows, 0 if gate is None else gate.stride(0), 0 if m is None else m.factor.stride(0),
             0.0 if m is None else m.eps,
             HAS_BIAS=bias is not None, GATED=gate is not None, NORM=m is not None, PLUS=0.0 if m is None else m.plus,
             ONE_GATE=gate is None or index is None, ONE_ENTRY=m is None or m.index is None,
-            E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes, **constants,
+            E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes, **launch.constants(width),
         )  # fmt: skip
     return total, result

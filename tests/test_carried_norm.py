@@ -1,0 +1,100 @@
+"""A block's last pass makes the first norm of the block after it, where that will be given what this one gave: on the
+CPU in fp32, against the host's own forward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-runtime[dev]')")
+
+import wan_runtime
+from tests.builders.wan import Sizes
+from tests.hosts.diffusers import error, inputs, transformer
+from wan_runtime.kernels import fused
+from wan_runtime.patches import _wan_block
+
+EXACT = 2e-5  # fp32 sums in another order
+DEEP = Sizes(layers=3)
+
+
+@pytest.fixture
+def norms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each first norm that was made in a pass of its own."""
+    made: list[int] = []
+    alone = fused.TWINS.norm_modulate
+
+    def counted(x: torch.Tensor, *rest: Any) -> Any:
+        made.append(x.shape[0])
+        return alone(x, *rest)
+
+    monkeypatch.setattr(fused, "TWINS", fused.Kernels(**{**vars(fused.TWINS), "norm_modulate": counted}))
+    return made
+
+
+def pair() -> tuple[Any, Any]:
+    """The same patched model, on the host's forward and on the fused one."""
+    host = transformer(sizes=DEEP)
+    wan_runtime.patch(host, attention="sdpa")
+    host.to(torch.float32)
+    twin = copy.deepcopy(host)
+    _wan_block.fuse(twin, "TWINS")
+    return host, twin
+
+
+@torch.no_grad()
+def run(model: Any, seed: int = 0) -> torch.Tensor:
+    result: torch.Tensor = model(**inputs(seed=seed))[0]
+    return result
+
+
+def test_only_the_first_block_makes_its_own_from_the_second_forward_on(norms: list[int]) -> None:
+    host, twin = pair()
+    assert error(run(twin), run(host)) < EXACT and len(norms) == DEEP.layers
+    norms.clear()
+    assert error(run(twin, 1), run(host, 1)) < EXACT and len(norms) == 1
+
+
+def test_a_copy_learns_it_again(norms: list[int]) -> None:
+    host, twin = pair()
+    run(twin)
+    again = copy.deepcopy(twin)
+    run(again)
+    norms.clear()
+    assert error(run(again, 1), run(host, 1)) < EXACT and len(norms) == 1
+
+
+@pytest.mark.parametrize("change", [lambda x: x.mul_(1.5), lambda x: x * 1.5], ids=["in place", "anew"])
+def test_a_stream_that_the_host_changes_between_blocks_is_normalised_again(
+    change: Callable[[torch.Tensor], torch.Tensor], norms: list[int]
+) -> None:
+    host, twin = pair()
+    for _ in range(2):
+        run(twin)
+    for model in (host, twin):
+        model.blocks[0].register_forward_hook(lambda module, args, output: change(output))
+    for seed in (1, 2):
+        norms.clear()
+        assert error(run(twin, seed), run(host, seed)) < EXACT and len(norms) == 2
+
+
+def test_a_block_left_out_leaves_the_others_right(norms: list[int]) -> None:
+    host, twin = pair()
+    for _ in range(2):
+        run(twin)
+    for model in (host, twin):
+        del model.blocks[1]
+    for seed in (1, 2, 3):
+        assert error(run(twin, seed), run(host, seed)) < EXACT
+
+
+def test_inference_mode_carries_nothing(norms: list[int]) -> None:
+    host, twin = pair()
+    with torch.inference_mode():
+        for seed in (1, 2):
+            norms.clear()
+            assert error(run(twin, seed), run(host, seed)) < EXACT and len(norms) == DEEP.layers
