@@ -212,7 +212,7 @@ def run(
 
 
 def _following(shared: Shared, number: int, x: torch.Tensor, temb: torch.Tensor) -> _fused.Following | None:
-    """The first norm of the block of a number, where it is on the fused forward, here, and was given our stream before."""
+    """The first norm of the block of a number, where that is fused, on this device, and was given our stream before."""
     from wan_runtime.kernels.norm_modulate import Modulation
 
     block: Any = shared.blocks.get(number)
