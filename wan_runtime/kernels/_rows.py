@@ -14,6 +14,7 @@ import triton.language as tl
 
 E4M3_MAX = 448.0
 LEAST = 1e-30  # the smallest scale: its reciprocal is still finite in fp32
+SHARED = 96 * 1024  # bytes of shared memory that a program has on every GPU with FP8 products
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class Launch:
     rows       tokens a program takes, one after the other; what every row needs (biases, modulation) is read once and
                kept in registers.
     warps      a program's, at most: rows that are short take fewer.
-    stages     rows that are on their way from memory at a time, in shared memory and not in registers.
+    stages     rows that are on their way from memory at a time, in shared memory and not in registers; fewer where they
+               would not fit.
     registers  the most a thread may hold, or None for the compiler's choice; fewer let more programs run side by side.
     """
 
@@ -127,21 +129,31 @@ class Launch:
         """The programs for so many tokens."""
         return (triton.cdiv(tokens, self.rows),)
 
-    def constants(self, width: int) -> dict[str, int | None]:
-        """A row is held in two parts, powers of two as Triton wants them: 5120 is 4096 and 1024, where one part would
-        be 8192 and do 1.6 times the work."""
-        a, rest = first_part(width)
-        return {"A": a, "B": triton.next_power_of_2(rest), **self._common(width)}
+    def constants(self, width: int, read: int) -> dict[str, int | None]:
+        """What a kernel is compiled for, of rows for which `read` bytes an element are read.
 
-    def constants_of_three(self, width: int) -> dict[str, int | None]:
+        A row is held in two parts, powers of two as Triton wants them: 5120 is 4096 and 1024, where one part would be
+        8192 and do 1.6 times the work.
+        """
+        a, rest = first_part(width)
+        return self._constants(width, read, {"A": a, "B": triton.next_power_of_2(rest)})
+
+    def constants_of_three(self, width: int, read: int) -> dict[str, int | None]:
         """The same in three parts, for wide rows that do much with each value: 13824 is 8192, 4096 and 2048."""
         a, rest = first_part(width)
         b, rest = first_part(rest)
-        return {"A": a, "B": b, "C": triton.next_power_of_2(rest), **self._common(width)}
+        return self._constants(width, read, {"A": a, "B": b, "C": triton.next_power_of_2(rest)})
 
-    def _common(self, width: int) -> dict[str, int | None]:
-        warps = min(max(triton.next_power_of_2(width) // 256, 1), self.warps)
-        return {"WIDTH": width, "STAGES": self.stages, "num_warps": warps, "maxnreg": self.registers}
+    def _constants(self, width: int, read: int, parts: dict[str, int]) -> dict[str, int | None]:
+        ahead = SHARED // (sum(parts.values()) * read)  # rows; the one that is worked on is in registers
+        warps = max(triton.next_power_of_2(width) // 256, 1)
+        return {
+            **parts,
+            "WIDTH": width,
+            "STAGES": min(ahead + 1, self.stages),
+            "num_warps": min(warps, self.warps),
+            "maxnreg": self.registers,
+        }
 
 
 def first_part(width: int) -> tuple[int, int]:

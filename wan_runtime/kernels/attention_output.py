@@ -64,6 +64,7 @@ def attention_output(
     if tokens:
         _attention_output[launch.grid(tokens)](
             x, bias, other, result.values, result.scale, tokens, launch.rows, HAS_BIAS=bias is not None,
-            HAS_OTHER=other is not None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes, **launch.constants(width),
+            HAS_OTHER=other is not None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes,
+            **launch.constants(width, x.itemsize),
         )  # fmt: skip
     return result

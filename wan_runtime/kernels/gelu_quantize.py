@@ -86,6 +86,6 @@ def gelu_quantize(x: torch.Tensor, bias: torch.Tensor | None, codes: bool, launc
     if tokens:
         _gelu_quantize[launch.grid(tokens)](
             x, bias, result.values, result.scale, tokens, launch.rows, HAS_BIAS=bias is not None, E4M3_MAX=E4M3_MAX,
-            LEAST=LEAST, CODES=codes, **launch.constants_of_three(width),
+            LEAST=LEAST, CODES=codes, **launch.constants_of_three(width, x.itemsize),
         )  # fmt: skip
     return result

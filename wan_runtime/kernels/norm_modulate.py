@@ -28,7 +28,7 @@ from wan_runtime.kernels._rows import (
     written,
 )
 
-LAUNCH = Launch(registers=128)
+LAUNCH = Launch(rows=32, warps=8, stages=4, registers=80)
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,6 @@ def norm_modulate(x: torch.Tensor, modulation: Modulation, codes: bool, launch: 
         _norm_modulate[launch.grid(tokens)](
             x, m.factor, m.shift, m.index, result.values, result.scale, tokens, launch.rows, m.factor.stride(0), m.eps,
             PLUS=m.plus, SINGLE=m.index is None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes,
-            **launch.constants(width),
+            **launch.constants(width, x.itemsize),
         )  # fmt: skip
     return result

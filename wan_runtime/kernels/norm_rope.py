@@ -51,12 +51,13 @@ def norm_rope_torch(
 
 @triton.jit
 def _rotate(values, table, START: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr):
-    """Turn COUNT values, the row's from START on, by the angles of their pairs."""
-    even, odd = tl.split(tl.reshape(values, (COUNT // 2, 2)))
-    pair = (START // 2 + tl.arange(0, COUNT // 2)) % HALF
-    cos = tl.load(table + pair)
-    sin = tl.load(table + HALF + pair)
-    return tl.interleave(even * cos - odd * sin, even * sin + odd * cos)
+    """Turn COUNT values, the row's from START on, by the angles of their pairs: the same HALF for every head."""
+    PERIOD: tl.constexpr = min(COUNT // 2, HALF)  # less than a head where the row is one head, in two parts
+    even, odd = tl.split(tl.reshape(values, (COUNT // (2 * PERIOD), PERIOD, 2)))
+    pair = (START // 2) % HALF + tl.arange(0, PERIOD)
+    cos = tl.load(table + pair)[None, :]
+    sin = tl.load(table + HALF + pair)[None, :]
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (COUNT,))
 
 
 @triton.jit
@@ -99,6 +100,6 @@ def norm_rope(
         _norm_rope[launch.grid(tokens)](
             x, target, bias, weight, table, tokens, launch.rows, x.stride(0), target.stride(0),
             1 if table is None else table.shape[0], eps, HALF=1 if table is None else table.shape[1] // 2,
-            HAS_BIAS=bias is not None, ROTATE=table is not None, **launch.constants(width),
+            HAS_BIAS=bias is not None, ROTATE=table is not None, **launch.constants(width, x.itemsize),
         )  # fmt: skip
     return target

@@ -122,6 +122,6 @@ def residual_norm(
             0.0 if m is None else m.eps,
             HAS_BIAS=bias is not None, GATED=gate is not None, NORM=m is not None, PLUS=0.0 if m is None else m.plus,
             ONE_GATE=gate is None or index is None, ONE_ENTRY=m is None or m.index is None,
-            E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes, **launch.constants(width),
+            E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes, **launch.constants(width, y.itemsize + residual.itemsize),
         )  # fmt: skip
     return total, result
