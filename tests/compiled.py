@@ -1,7 +1,7 @@
-"""`python -m tests.compiled ARCH`: compiles every fused kernel for a GPU that need not be there, as the wrappers launch it.
+"""`python -m tests.compiled ARCH [SIZE ...]`: compiles every fused kernel for a GPU that need not be there.
 
-Prints one JSON object a kernel: {"kernel", "case", "arch", "shared"}, shared memory in bytes. A process of its own, because
-Triton decides as it is imported whether it interprets or compiles.
+Prints one JSON object a kernel: {"kernel", "case", "arch", "shared"}, shared memory in bytes. It is a process of its
+own, as Triton decides when it is imported whether it interprets or compiles.
 """
 
 from __future__ import annotations

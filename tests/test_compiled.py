@@ -1,4 +1,4 @@
-"""Every fused kernel compiles for the GPUs that it is for, at WAN's sizes, and needs no more shared memory than they have."""
+"""Every fused kernel compiles for the GPUs it is for, at WAN's sizes, within their shared memory."""
 
 from __future__ import annotations
 
