@@ -1,0 +1,161 @@
+"""Each fused kernel alone at WAN's sizes: milliseconds, and its bytes as a share of what a copy moves here.
+
+    python benchmarks/kernels.py [--size 14B] [--only gelu] [--sweep] [--compile]
+
+--sweep tries other launches (rows a program, warps, stages, registers) beside the kernel's own, and prints the best
+five; --compile only compiles them, so that several processes can fill Triton's cache before one of them measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from wan_runtime.kernels import attention_output, gelu_quantize, norm_modulate, norm_rope, residual_norm
+from wan_runtime.kernels._rows import Launch
+
+SIZES = {
+    "14B": (32760, 5120, 13824),
+    "5B": (27280, 3072, 14336),
+    "1.3B": (32760, 1536, 8960),
+}  # tokens, width, ffn
+OTHERS = tuple(
+    Launch(rows, warps, stages, registers)
+    for rows, stages, (warps, registers) in itertools.product(
+        (1, 4, 8, 16, 32),
+        (1, 2, 3, 4),
+        ((4, None), (4, 128), (8, None), (8, 128), (8, 80), (16, None), (16, 64)),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel on one size: how many bytes it has to move, what it is launched with, and the launch."""
+
+    moved: int
+    own: Launch
+    run: Callable[[Launch], object]
+
+
+def cases(tokens: int, width: int, ffn: int) -> dict[str, Case]:
+    """Random inputs; one modulation for all tokens, and two as in TI2V-5B."""
+
+    def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=dtype)
+
+    x, y, stream, hidden = draw(tokens, width), draw(tokens, width), draw(tokens, width), draw(tokens, ffn)
+    bias, ffn_bias, table = (draw(n, dtype=torch.float32) for n in (width, ffn, 2 * 6 * width))
+    table, angles = table.view(2, 6, width), draw(tokens, 128, dtype=torch.float32)
+    index = (torch.arange(tokens, device="cuda") > tokens // 31).to(torch.int32)
+    one = norm_modulate.Modulation(table[:1, 1], table[:1, 0], 1e-6)
+    two = norm_modulate.Modulation(table[:, 1], table[:, 0], 1e-6, index=index)
+    codes = torch.empty(tokens, width, dtype=torch.float8_e4m3fn, device="cuda")
+    norm, residual, rope = norm_modulate.norm_modulate, residual_norm.residual_norm, norm_rope.norm_rope
+    ended, quantised = attention_output.attention_output, tokens * width
+    gate, gates = table[:1, 2], table[:, 2]
+    return {
+        "norm_modulate": Case(3 * quantised, norm_modulate.LAUNCH, lambda how: norm(x, one, True, how)),
+        "norm_modulate of two": Case(3 * quantised, norm_modulate.LAUNCH, lambda how: norm(x, two, True, how)),
+        "residual_norm": Case(
+            7 * quantised, residual_norm.LAUNCH,
+            lambda how: residual(y, bias, gate, stream, None, one, True, into=stream, launch=how),
+        ),
+        "residual_norm of two": Case(
+            7 * quantised, residual_norm.LAUNCH,
+            lambda how: residual(y, bias, gates, stream, index, two, True, into=stream, launch=how),
+        ),
+        "residual_norm, no norm": Case(
+            6 * quantised, residual_norm.PLAIN_LAUNCH,
+            lambda how: residual(y, bias, gate, stream, None, None, False, into=stream, launch=how),
+        ),
+        "norm_rope": Case(4 * quantised, norm_rope.LAUNCH, lambda how: rope(x, bias, bias, 1e-6, angles, None, how)),
+        "norm_rope to codes": Case(
+            3 * quantised, norm_rope.LAUNCH, lambda how: rope(x, bias, bias, 1e-6, angles, codes, how)
+        ),
+        "norm_rope, no rotation": Case(
+            4 * quantised, norm_rope.LAUNCH, lambda how: rope(x, bias, bias, 1e-6, None, None, how)
+        ),
+        "gelu_quantize": Case(
+            3 * tokens * ffn, gelu_quantize.LAUNCH,
+            lambda how: gelu_quantize.gelu_quantize(hidden, ffn_bias, True, how),
+        ),
+        "attention_output": Case(3 * quantised, attention_output.LAUNCH, lambda how: ended(x, bias, None, True, how)),
+        "quantize_rows": Case(3 * quantised, attention_output.LAUNCH, lambda how: ended(x, None, None, True, how)),
+        "quantize_rows, ffn": Case(
+            3 * tokens * ffn, attention_output.LAUNCH, lambda how: ended(hidden, None, None, True, how)
+        ),
+    }  # fmt: skip
+
+
+def median(call: Callable[[], object], rounds: int = 9) -> float:
+    """Milliseconds on the GPU."""
+    taken = []
+    for number in range(rounds + 2):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        if number > 1:
+            taken.append(start.elapsed_time(stop))
+    return float(statistics.median(taken))
+
+
+def copy_rate() -> float:
+    """Bytes a millisecond, read and written, of a device copy."""
+    source = torch.randint(0, 255, (2**30,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * 2**30 / median(lambda: target.copy_(source))
+
+
+def measure(name: str, case: Case, rate: float, launches: tuple[Launch, ...]) -> list[tuple[float, Launch]]:
+    """Milliseconds of each launch that this GPU can make, the kernel's own first."""
+    found = []
+    for launch in launches:
+        try:
+            found.append((median(lambda how=launch: case.run(how)), launch))  # type: ignore[misc]
+        except Exception as error:  # too many registers or too much shared memory for that launch
+            print(f"{name}, {launch}: {type(error).__name__}: {str(error).splitlines()[0][:100]}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, action="append")
+    parser.add_argument("--only", default="", help="kernels whose name has this in it")
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark times GPU kernels and finds no GPU.")
+    rate = copy_rate()
+    if not given.compile:
+        print(
+            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {rate / 1e9:.3f} TB/s",
+            flush=True,
+        )
+    for size in given.size or SIZES:
+        for name, case in cases(*SIZES[size]).items():
+            if given.only not in name:
+                continue
+            launches = (case.own, *OTHERS) if given.sweep else (case.own,)
+            found = measure(name, case, rate, launches)
+            if given.compile:
+                continue
+            own, *_ = found
+            print(
+                f"{size} {name}: {own[0]:.4f} ms, {case.moved / own[0] / rate:.3f} of the copy rate",
+                flush=True,
+            )
+            for ms, launch in sorted(found, key=lambda pair: pair[0])[: 5 * given.sweep]:
+                print(f"    {ms:.4f} {case.moved / ms / rate:.3f} {launch}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
