@@ -12,9 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from wan_runtime.attention import Ends
 from wan_runtime.catalogue import Catalogue
 from wan_runtime.errors import HostNotRecognised
 from wan_runtime.names import SPELLINGS, Spelling, Variant
+
+from ._steps import scheduled
+
+__all__ = ["HOSTS", "Blocks", "Host", "host_of", "scheduled"]
 
 
 @dataclass(frozen=True)
@@ -22,16 +27,18 @@ class Blocks:
     """What a host's blocks can be given beside quantised Linears.
 
     head     model -> the size of an attention head.
-    attend   (model, a name of wan_runtime.attention, the device type and dtype it was chosen for): every attention of
-             the model becomes that one.
+    attend   (model, a name of wan_runtime.attention, the device type and dtype it was chosen for, FP8 attention's ends)
+             -> notes for its user: every attention of the model becomes that one.
     fuse     a patched model -> notes for its user: its blocks run on fused kernels from now on.
     restore  undoes attend and fuse.
+    refuses  model -> why its blocks are not the ones that this host's functions know, or None.
     """
 
     head: Callable[[nn.Module], int]
-    attend: Callable[[nn.Module, str, tuple[str, torch.dtype]], None]
+    attend: Callable[[nn.Module, str, tuple[str, torch.dtype], Ends], list[str]]
     fuse: Callable[[nn.Module], list[str]]
     restore: Callable[[nn.Module], None]
+    refuses: Callable[[nn.Module], str | None] = lambda model: None
 
 
 @dataclass(frozen=True)

@@ -7,45 +7,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from wan_runtime.attention import ATTENTIONS
+from wan_runtime.attention import ENDS, Ends
+
+from ._attending import Attending, name_in_block, said
+from ._steps import Steps, unwatch, watch
 
 TEXT_TOKENS = 512
-ENDS = 2  # blocks at either end of a stack whose attention stays bf16 under attention="fp8"
-BESIDE_FP8 = "fa3"
 
 
-class Processor:
+class Processor(Attending):
     """Takes the place of a WanAttnProcessor, and hands back to it what it does not serve: masks, attention that is
     parallel over devices, projections that diffusers merged, and a backend chosen later by `set_attention_backend`.
 
-    name         a member of wan_runtime.attention.
-    planned_for  the device type and the dtype it was chosen for; a model that was moved since gets torch's SDPA.
-    replaced     the processor that was there.
+    replaced  the processor that was there.
     """
 
     _attention_backend: Any = None  # diffusers writes both
     _parallel_config: Any = None
 
-    def __init__(self, name: str, planned_for: tuple[str, torch.dtype], replaced: Any) -> None:
-        self.name, self.planned_for, self.replaced = name, planned_for, replaced
-        chosen = ATTENTIONS[
-            name
-        ]  # looked up here: a forward must not search the catalogue, and torch.compile cannot
-        self._attend, self._elsewhere = chosen.attend, ATTENTIONS["sdpa"].attend
-        self.codes = (
-            chosen.codes
-        )  # the same on e4m3 codes, where this attention takes them; see Attention.codes
+    def __init__(
+        self, name: str, planned_for: tuple[str, torch.dtype], replaced: Any, steps: Steps | None = None
+    ) -> None:
+        super().__init__(name, planned_for, steps)
+        self.replaced = replaced
 
     @property
     def elsewhere(self) -> bool:
         """Whether the host has set attention up since."""
         return self._attention_backend is not None or self._parallel_config is not None
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q, k, v [batch, tokens, heads, head] -> [batch, tokens, heads, head]."""
-        device, dtype = self.planned_for
-        planned = q.device.type == device and q.dtype in (dtype, torch.bfloat16)  # FP8 products are bf16
-        return (self._attend if planned else self._elsewhere)(q, k, v)
 
     def __call__(
         self,
@@ -94,28 +83,36 @@ def _rotated(x: torch.Tensor, rotary: Any) -> torch.Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
 
 
-def install(model: nn.Module, name: str, planned_for: tuple[str, torch.dtype]) -> None:
-    """Give every WAN attention of a model this processor, chosen for a device type and a dtype.
-
-    FP8 attention is for self-attention, and not in the first and last ENDS blocks of a stack, where it shows most.
-    """
+def install(
+    model: nn.Module, name: str, planned_for: tuple[str, torch.dtype], ends: Ends = ENDS
+) -> list[str]:
+    """Give every WAN attention of a model this processor, chosen for a device type and a dtype; returns what a user
+    should read. `ends` is FP8 attention's."""
+    steps, blocks = None, 0
+    if name == "fp8":
+        embedder: Any = getattr(model, "condition_embedder", None)
+        steps = None if embedder is None else watch(model, embedder, ends.steps, sinusoids=False)
     for path, module in model.named_modules():
         replaced = getattr(module, "processor", None)
         if type(replaced).__name__ == "WanAttnProcessor":
-            chosen = BESIDE_FP8 if name == "fp8" and not _inner(model, path) else name
-            module.processor = Processor(chosen, planned_for, replaced)
+            number, count, inner = _place(model, path)
+            chosen = name_in_block(name, number, count, ends, inner=inner)
+            module.processor = Processor(chosen, planned_for, replaced, steps)
+            blocks = blocks or count
+    return said(name, blocks, ends)
 
 
-def _inner(model: nn.Module, path: str) -> bool:
-    """Whether an attention is a self-attention (attn1) away from both ends of its list of blocks."""
+def _place(model: nn.Module, path: str) -> tuple[int, int, bool]:
+    """An attention's block in its stack, the stack's size, and whether it is the block's self-attention (attn1)."""
     stack, number, *rest = path.rsplit(".", 2)
-    if rest != ["attn1"] or not number.isdigit():
-        return False
-    return ENDS <= int(number) < len(list(model.get_submodule(stack).children())) - ENDS
+    if not number.isdigit():
+        return 0, 0, False
+    return int(number), len(list(model.get_submodule(stack).children())), rest == ["attn1"]
 
 
 def uninstall(model: nn.Module) -> None:
     """Put the host's processors back, with what the host has set on ours since."""
+    unwatch(model)
     for module in model.modules():
         ours = getattr(module, "processor", None)
         if isinstance(ours, Processor):

@@ -7,7 +7,6 @@ module, and only its own quantisation is no longer fused.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -16,22 +15,25 @@ from torch import nn
 from wan_runtime.errors import InvalidOption
 from wan_runtime.residents import Move, OwnDtype, become, kind_of, restore
 
-from . import Blocks, _fused
-from ._attention_processor import Processor, install, uninstall
+from . import Blocks, _carrying, _fused
+from ._attention_processor import TEXT_TOKENS, Processor, install, uninstall
+from ._context import keys_values
 from ._shared import Shared
+from ._unfusable import notes, obstacle, traced
 
 CLASSES = ("WanTransformerBlock", "WanVACETransformerBlock")
 MEMO = (
     "_wan_runtime_fused"  # of a fused block: (what the model's blocks share, the block's number, its kernels)
 )
-TEXT_TOKENS = 512  # with image context, what follows it: diffusers counts on it too
 
 
 class FusedBlock(OwnDtype):
     """A WanTransformerBlock, or VACE's, that runs `_fused.forward` where it can."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if unfusable(self) is not None or not args or kwargs or not args[0].is_floating_point():
+        if not args or kwargs or not args[0].is_floating_point():
+            return super().forward(*args, **kwargs)
+        if unfusable(self) is not None or traced(args) is not None:
             return super().forward(*args, **kwargs)
         if hasattr(self, "proj_in"):
             return self._vace(*args)
@@ -111,15 +113,7 @@ def fuse(model: nn.Module, kernels: str = "TRITON") -> list[str]:
             become(part, kind)
             if kind is FusedEmbedder:
                 part.__dict__[MEMO] = (shared,)
-    whys = Counter(why for _, block in blocks if (why := unfusable(block)) is not None)
-    said = [f"{count} blocks run the host's own forward: {why}." for why, count in sorted(whys.items())]
-    held = sum(_held(leaf) for _, block in blocks for leaf in _linears(block))
-    if held:
-        said.append(
-            f"{held} Linears of the blocks are wrapped by an adapter or carry a hook: they are called as they are, and "
-            "quantise their own input."
-        )
-    return said
+    return notes([block for _, block in blocks], unfusable, _linears)
 
 
 def _linears(block: Any) -> list[nn.Module]:
@@ -129,10 +123,6 @@ def _linears(block: Any) -> list[nn.Module]:
         linear for part in (one, two) for linear in (part.to_q, part.to_k, part.to_v, part.to_out[0])
     ]
     return [*attention, *image, block.ffn.net[0].proj, block.ffn.net[2]]
-
-
-def _held(linear: nn.Module) -> bool:
-    return not isinstance(linear, nn.Linear) or _fused.hooked(linear) is not None
 
 
 def unfuse(model: nn.Module) -> None:
@@ -152,23 +142,16 @@ def _is_block(module: nn.Module) -> bool:
 def unfusable(block: Any) -> str | None:
     """Why a block must take the host's forward now, in words, or None."""
     _, _, kernels = block.__dict__[MEMO]
-    payload = block.scale_shift_table
-    if kernels == "TRITON" and payload.device.type != "cuda":
-        return f"the fused kernels need a GPU and the block is on {payload.device.type}"
-    if torch.is_autocast_enabled(payload.device.type):
+    device = block.scale_shift_table.device
+    if torch.is_autocast_enabled(device.type):
         return "autocast is on"
-    if torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters()):
-        return "gradients are on"
     for attention in (block.attn1, block.attn2):
         if not isinstance(attention.processor, Processor):
             return f"its attention processor is {type(attention.processor).__name__}"
         if attention.processor.elsewhere or getattr(attention, "fused_projections", False):
             return "its attention is set up by the host"
-    for part in (block.norm1, block.norm2, block.norm3, block.attn1, block.attn2, block.ffn, *_norms(block)):
-        hook = _fused.hooked(part)
-        if hook is not None:
-            return f"{type(part).__name__} carries {hook}"
-    return None
+    parts = (block.norm1, block.norm2, block.norm3, block.attn1, block.attn2, block.ffn, *_norms(block))
+    return obstacle(block, device, kernels, parts)
 
 
 def _norms(block: Any) -> list[nn.Module]:
@@ -183,88 +166,32 @@ def run(
     from wan_runtime.kernels import fused
 
     shared, number, kernels = block.__dict__[MEMO]
-    modulation, index = _modulation(block.scale_shift_table, temb, x.shape[0], x.shape[1], shared)
-    parts = _parts(block, shared, number)
+    parts = _parts(block, x.shape[1], shared, number)
     chosen = fused.kernels_named(kernels)
     table = None if rotary_emb is None else shared.rotary_table(*rotary_emb)
-
-    def make() -> list[_fused.KeysValues]:
-        return _keys_values(parts.cross_attention, encoder_hidden_states, chosen)
-
     cross = parts.cross_attention
-    keep = all(_fused.takes_codes(module) for module in (cross.k, cross.v, *(cross.image or ())[:2]))
-    if keep and not torch.compiler.is_compiling():
-        context = shared.keys_values(number, encoder_hidden_states, make)
-    else:
-        context = make()
-    if (
-        torch.compiler.is_compiling() or x.is_inference()
-    ):  # no identities, or no versions, to tell a stream by
-        return _fused.forward(parts, x, modulation, index, table, context, chosen)[0]
-    shared.blocks[number] = block
-    rows = shared.take(number, x, temb)
-    following = _following(shared, number + 1, x, temb)
-    result, rows = _fused.forward(
-        parts, x, modulation, index, table, context, chosen, rows=rows, following=following
-    )
-    shared.carry(number + 1, result, temb, rows)
-    return result
+    image = 0 if cross.image is None else encoder_hidden_states.shape[1] - TEXT_TOKENS
+    context = keys_values(cross, encoder_hidden_states, image, shared, number, chosen)
+    place = _carrying.Place(block, number, shared, _entrance)
+    return _carrying.run(place, parts, x, temb, block.scale_shift_table, table, context, chosen)
 
 
-def _following(shared: Shared, number: int, x: torch.Tensor, temb: torch.Tensor) -> _fused.Following | None:
-    """The first norm of the block of a number, where that is fused, on this device, and was given our stream before."""
-    from wan_runtime.kernels.norm_modulate import Modulation
-
-    block: Any = shared.blocks.get(number)
-    if block is None or number in shared.unwanted or block.scale_shift_table.device != x.device:
-        return None
+def _entrance(block: Any) -> _carrying.Entrance | None:
+    """How a block begins that will run fused on the stream of the one before it."""
     if hasattr(block, "proj_in") or unfusable(block) is not None:
         return None
-    modulation, index = _modulation(block.scale_shift_table, temb, x.shape[0], x.shape[1], shared)
-    norm1 = Modulation(modulation[:, 1], modulation[:, 0], block.norm1.eps, index=index)
-    codes = _fused.coded_input(_parts(block, shared, number).self_attention)
-    return _fused.Following(norm1, codes)
+    shared, number, _ = block.__dict__[MEMO]
+    attention = _parts(block, 0, shared, number).self_attention
+    return _carrying.Entrance(block.scale_shift_table, attention, block.norm1.eps)
 
 
-def _modulation(
-    own: torch.Tensor, temb: torch.Tensor, batch: int, tokens: int, shared: Shared
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The distinct rows of modulation [entries, 6, width] fp32, and which one each token takes (None: the first)."""
-    if temb.ndim == 4:
-        known = None if torch.compiler.is_compiling() else shared.steps
-        if known is not None and known[0].data_ptr() == temb.data_ptr():
-            return own + known[1].float(), known[2] if len(known[1]) > 1 else None
-        rows = temb.reshape(-1, *temb.shape[2:])
-        return own + rows.float(), torch.arange(batch * tokens, dtype=torch.int32, device=temb.device)
-    if batch == 1:
-        return own + temb.float(), None
-    index = torch.arange(batch, dtype=torch.int32, device=temb.device).repeat_interleave(tokens)
-    return own + temb.float(), index
-
-
-def _coded(attention: Any, shared: Shared, number: int) -> _fused.Coded | None:
-    """FP8 attention for a block's self-attention, where it was chosen."""
-    from wan_runtime.kernels.norm_rope import bounded
-
-    attend = attention.processor.codes
-    if attend is None:
-        return None
-    if torch.compiler.is_compiling() or number not in shared.folded:
-        norms = (attention.norm_q, attention.norm_k)
-        q, k = (bounded(_fused.weight_of(norm), attention.heads) for norm in norms)
-        if torch.compiler.is_compiling():  # its graph is all blocks', so nothing of this one may be in it
-            return _fused.Coded(attend, q, k)
-        shared.folded[number] = (q, k)
-    return _fused.Coded(attend, *shared.folded[number])
-
-
-def _parts(block: Any, shared: Shared, number: int) -> _fused.Block:
+def _parts(block: Any, tokens: int, shared: Shared, number: int) -> _fused.Block:
     one, two, ffn = block.attn1, block.attn2, block.ffn
     image = None if two.add_k_proj is None else (two.add_k_proj, two.add_v_proj, two.norm_added_k)
     return _fused.Block(
         self_attention=_fused.SelfAttention(
             one.to_q, one.to_k, one.to_v, one.to_out[0], one.norm_q, one.norm_k, one.heads,
-            one.processor.attend, _coded(one, shared, number),
+            one.processor.attend, one.processor.coded(one.norm_q, one.norm_k, one.heads, tokens, shared, number),
         ),
         cross_attention=_fused.CrossAttention(
             two.to_q, two.to_k, two.to_v, two.to_out[0], two.norm_q, two.norm_k, two.heads,
@@ -276,18 +203,6 @@ def _parts(block: Any, shared: Shared, number: int) -> _fused.Block:
         eps1=block.norm1.eps,
         eps3=block.norm3.eps,
     )  # fmt: skip
-
-
-def _keys_values(
-    part: _fused.CrossAttention, encoder_hidden_states: torch.Tensor, kernels: Any
-) -> list[_fused.KeysValues]:
-    text, made = encoder_hidden_states, []
-    if part.image is not None:
-        ahead = text.shape[1] - TEXT_TOKENS
-        k, v, norm_k = part.image
-        made = [_fused.keys_and_values(k, v, norm_k, part.heads, text[:, :ahead], kernels)]
-        text = text[:, ahead:]
-    return [_fused.keys_and_values(part.k, part.v, part.norm_k, part.heads, text, kernels), *made]
 
 
 def _restore(model: nn.Module) -> None:

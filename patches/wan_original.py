@@ -7,6 +7,7 @@ from torch import nn
 from wan_runtime import rules
 
 from . import Host
+from ._original_block import BLOCKS
 
 MARKS = ("patch_embedding", "blocks.0.self_attn.q", "blocks.0.cross_attn.k", "blocks.0.ffn.0", "head.head")
 
@@ -23,4 +24,5 @@ HOST = Host(
     matches=matches,
     swaps=rules.swaps,
     fp32=rules.fp32,
+    blocks=BLOCKS,
 )

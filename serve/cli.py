@@ -81,6 +81,11 @@ def serve(
     weights: Annotated[str, typer.Option(help="Format to keep the weights in.")] = DEFAULTS.weights,
     compute: Annotated[str, typer.Option(help="Precision to multiply in.")] = DEFAULTS.compute,
     backend: Annotated[str, typer.Option(help="Who multiplies.")] = DEFAULTS.backend,
+    attention: Annotated[str, typer.Option(help="Attention kernel: auto, fa3, cudnn, sdpa, fp8.")] = DEFAULTS.attention,
+    attention_end_blocks: Annotated[int | None, typer.Option(min=0, help=(
+        "With --attention fp8: blocks at either end of the model that attend in bf16."))] = None,
+    attention_end_steps: Annotated[int | None, typer.Option(min=0, help=(
+        "With --attention fp8: steps at either end of a clip that attend in bf16."))] = None,
     cancel_seconds: Annotated[float, typer.Option(min=0, help=(
         "Kill a worker that has not stopped a deleted job by then."))] = DEFAULTS.cancel_seconds,
     stall_seconds: Annotated[float, typer.Option(min=1, help=(
@@ -109,8 +114,10 @@ def serve(
         checkpoint=checkpoint, checkpoint_low=checkpoint_low, base=base, text_encoder=text_encoder, vae=vae,
         host=host, port=port, allow_remote=allow_remote, data_dir=data_dir, device=device, dialect=dialect,
         api_keys=api_keys, allow_origin=tuple(allow_origin or ()), upload_seconds=upload_seconds,
-        weights=weights, compute=compute, backend=backend, cancel_seconds=cancel_seconds, log_level=log_level,
-        stall_seconds=stall_seconds, drain_seconds=drain_seconds, max_queue_seconds=max_queue_seconds,
+        weights=weights, compute=compute, backend=backend, attention=attention,
+        attention_end_blocks=attention_end_blocks, attention_end_steps=attention_end_steps,
+        cancel_seconds=cancel_seconds, log_level=log_level, stall_seconds=stall_seconds, drain_seconds=drain_seconds,
+        max_queue_seconds=max_queue_seconds,
         max_job_seconds=max_job_seconds, keep_days=keep_days, keep_gib=keep_gib, sweep_seconds=sweep_seconds,
         embed_metadata=embed_metadata, metrics=metrics,
     )  # fmt: skip

@@ -10,6 +10,16 @@ from rich.table import Table
 
 from .settings import Settings
 
+PATCHING = (
+    "weights",
+    "compute",
+    "backend",
+    "attention",
+    "attention_end_blocks",
+    "attention_end_steps",
+    "dialect",
+)
+
 
 def plan(settings: Settings) -> RenderableType:
     """The settings in words, then for each transformer its dialect, formats, backends, attention and memory.
@@ -21,7 +31,7 @@ def plan(settings: Settings) -> RenderableType:
     from wan_runtime import tiny
 
     options = settings.pipeline_options()
-    given = {name: options[name] for name in ("weights", "compute", "backend", "dialect") if name in options}
+    given = {name: options[name] for name in PATCHING if name in options}
     bundled = Path(tiny.path()) / "transformer"
     files = [file for file in (settings.checkpoint or bundled, settings.checkpoint_low) if file]
     models = [wan_runtime.load(file, device="meta", **given) for file in files]

@@ -36,6 +36,9 @@ class Settings:
     weights: str = "auto"
     compute: str = "auto"
     backend: str = "auto"
+    attention: str = "auto"
+    attention_end_blocks: int | None = None
+    attention_end_steps: int | None = None
     cancel_seconds: float = 120.0  # a worker that has not obeyed a cancel by then is killed
     stall_seconds: float = 600.0  # a worker that has done nothing on a job for so long is killed
     drain_seconds: float = 30.0  # that the running job is given to end when the server is told to stop
@@ -75,8 +78,11 @@ class Settings:
             "vae": self.vae,
             "device": self.device,
             "dialect": self.dialect,
+            "attention_end_blocks": self.attention_end_blocks,
+            "attention_end_steps": self.attention_end_steps,
         }
-        choices = {"weights": self.weights, "compute": self.compute, "backend": self.backend}
+        names = ("weights", "compute", "backend", "attention")
+        choices = {name: getattr(self, name) for name in names}
         options |= {name: value for name, value in choices.items() if value != "auto"}
         return {name: value for name, value in options.items() if value is not None}
 

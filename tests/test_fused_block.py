@@ -24,7 +24,7 @@ from wan_runtime.errors import BackendUnavailable, InvalidOption
 from wan_runtime.kernels import ops
 from wan_runtime.linear import QuantLinear
 from wan_runtime.patches import _wan_block
-from wan_runtime.patches._attention_processor import Processor, install, uninstall
+from wan_runtime.patches._attention_processor import Processor
 from wan_runtime.patches._fused import takes_codes
 
 IMAGE = Sizes(image=64)
@@ -48,14 +48,6 @@ def fused(model: Any) -> Any:
 def run(model: Any, **changes: Any) -> torch.Tensor:
     result: torch.Tensor = model(**{**inputs(batch=changes.pop("batch", 1)), **changes})[0]
     return result
-
-
-def attend_codes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
-    """What FlashAttention 3 computes from codes, in fp32."""
-    q, k, v = (
-        (t.float() * s[:, None, :, None]).transpose(1, 2) for t, s in zip((q, k, v), scales, strict=True)
-    )
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class Spy:
@@ -151,26 +143,6 @@ def test_products_that_take_codes(spy: Spy) -> None:
     assert (
         1e-3 < error(result, expected) < 0.06
     )  # what e4m3 activations cost, and not what a lost bias or scale would
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_fp8_attention_of_the_inner_blocks(batch: int, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = patched(Sizes(layers=6, dim=256))
-    expected = run(model, batch=batch)
-    twin = fused(model)
-    uninstall(twin)
-    install(twin, "fp8", ("cpu", torch.float32))
-    names = [(block.attn1.processor.name, block.attn2.processor.name) for block in twin.blocks]
-    assert names == [("fa3", "fa3")] * 2 + [("fp8", "fa3")] * 2 + [("fa3", "fa3")] * 2
-    monkeypatch.setattr(Processor, "attend", lambda self, *qkv: ATTENTIONS["sdpa"].attend(*qkv))
-    for block in twin.blocks[2:4]:
-        assert block.attn1.processor.codes is not None
-        block.attn1.processor.codes = attend_codes
-    assert twin.blocks[0].attn1.processor.codes is None
-    result = run(twin, batch=batch)
-    assert spy.count == 6
-    assert 1e-5 < error(result, expected) < 0.02
-    assert torch.equal(run(copy.deepcopy(twin), batch=batch), result)
 
 
 @pytest.mark.parametrize("left_out", ["blocks.0.attn1.to_k", "blocks.0.ffn.net.2", "blocks.1.attn2.to_out.0"])
@@ -326,8 +298,12 @@ def test_gradients_flow_through_the_hosts_forward(spy: Spy) -> None:
     twin.blocks[0].norm2.weight.requires_grad_(True)
     notes = _wan_block.fuse(twin, "TWINS")
     assert any("gradients" in note for note in notes)
-    twin(**inputs())[0].sum().backward()
-    assert twin.blocks[0].norm2.weight.grad.abs().sum() > 0
+    model = patched()
+    model.blocks[0].norm2.weight.requires_grad_(True)
+    for each in (model, twin):
+        each(**inputs())[0].sum().backward()
+    gradients = [each.blocks[0].norm2.weight.grad for each in (twin, model)]
+    assert error(*gradients) < EXACT and spy.count == 0  # block 1, whose input alone wants one, would cut it
 
 
 def test_without_the_twins_a_cpu_takes_the_hosts_forward(spy: Spy) -> None:

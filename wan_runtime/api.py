@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from wan_runtime.arranging import arranged
-from wan_runtime.attention import ATTENTIONS, Choice, choose
+from wan_runtime.attention import ATTENTIONS, Choice, Ends, choose
 from wan_runtime.backends import device_named
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint, stream
 from wan_runtime.containers import locate
@@ -48,6 +48,8 @@ def patch(
     dialect: str | None = None,
     reference: Path | str | None = None,
     activation: str = "dynamic",
+    attention_end_blocks: int | None = None,
+    attention_end_steps: int | None = None,
 ) -> Report:
     """Replace a WAN model's Linears with quantised ones and keep its norms, biases and modulation fp32, in place.
 
@@ -58,18 +60,24 @@ def patch(
         weights: "auto" (what the file holds; fp8 without a file), "fp8", "nvfp4", "mxfp8", "int8", ..., or "keep".
         compute: "auto", "fp8", "bf16" (dequantise, then multiply), "fp32" (the reference).
         backend: "auto", "torch" or "reference".
-        attention: "auto" (on a GPU the fastest that runs there), "fa3", "cudnn", "sdpa"; see wan_runtime.attention.
+        attention: "auto" (on a GPU the fastest that runs there), "fa3", "cudnn", "sdpa" or "fp8"; see
+            wan_runtime.attention.
         fuse: run the blocks on fused kernels where the host and the device have them.
         skip: pattern(s) of module paths (either spelling, `*` as in a shell) that stay unquantised.
         dialect: the file's producer, where its marks do not say.
         reference: the bf16 file the checkpoint was made from; settles a file that several dialects fit.
         activation: "dynamic" (one scale a token) or "static" (the file's input_scale).
+        attention_end_blocks, attention_end_steps: with attention="fp8", how many blocks at either end of the model, and
+            steps at either end of a generation, attend in bf16; None is wan_runtime.attention.ENDS's.
 
     Returns a Report. A model patched before is left alone, and the report says so.
     Raises CheckpointError, BackendUnavailable, HostNotRecognised, NothingToPatch, InvalidOption; the model is then as
     it was.
     """
-    options = Options(weights, compute, backend, _patterns(skip), activation, attention, fuse)
+    options = Options(
+        weights, compute, backend, _patterns(skip), activation, attention, fuse,
+        attention_end_blocks, attention_end_steps,
+    )  # fmt: skip
     if checkpoint is None and (dialect is not None or reference is not None):
         raise InvalidOption("dialect and reference say how to read a checkpoint, and none was given.")
     before = patched_state(model)
@@ -165,7 +173,7 @@ def _patch(
         raise InvalidOption(
             "the model is on the meta device and has no weights to quantise; give a checkpoint."
         )
-    spelling = host.names
+    ends, spelling = options.ends, host.names
     checkpoint = None if checkpoint is None else arranged(checkpoint, spelling)
     held = None if checkpoint is None else {path: layer.format for path, layer in checkpoint.layers.items()}
     decisions = plan(tree_of(model, spelling), held, runs_on, options, swaps=host.swaps, fp32=host.fp32)
@@ -185,7 +193,7 @@ def _patch(
         staged = stage(watched(stream(checkpoint, target), checkpoint), decisions, spelling, dtype)
     parameters = execute(model, decisions, staged, dtype, runs_on.type, static=static)
     verify_residents(model, decisions)
-    fused, said = _accelerate(model, host, attention, options.fuse, runs_on, dtype)
+    fused, said = _accelerate(model, host, attention, ends, options.fuse, runs_on, dtype)
     report = Report(
         host=host.name,
         device=str(runs_on),
@@ -239,21 +247,30 @@ def _attention(
     model: nn.Module, host: Host, wanted: str, device: torch.device, dtype: torch.dtype
 ) -> Choice | None:
     """The attention to use; None leaves the host's own."""
-    if host.blocks is None:
+    why = _own_blocks(model, host)
+    if host.blocks is None or why is not None:
         if wanted not in ("auto", *ATTENTIONS):
             choose(wanted, device, dtype, 0)
         if wanted != "auto":
             raise BackendUnavailable(
-                f"attention={wanted!r}", {wanted: f"the attention of a {host.name} model is its own."}
+                f"attention={wanted!r}",
+                {wanted: f"the attention of a {host.name} model is its own{why or ''}."},
             )
         return None
     return choose(wanted, device, dtype, host.blocks.head(model))
+
+
+def _own_blocks(model: nn.Module, host: Host) -> str | None:
+    """Why a model of a host whose blocks this library knows keeps its own, in words, or None."""
+    why = None if host.blocks is None else host.blocks.refuses(model)
+    return None if why is None else f" here: {why}"
 
 
 def _accelerate(
     model: nn.Module,
     host: Host,
     attention: Choice | None,
+    ends: Ends,
     fuse: bool,
     device: torch.device,
     dtype: torch.dtype,
@@ -263,12 +280,12 @@ def _accelerate(
         return False, []
     said = []
     if attention is not None:
-        host.blocks.attend(model, attention.name, (device.type, dtype))
         said = [f"attention: {name} refused: {why}." for name, why in attention.passed.items()]
+        said += host.blocks.attend(model, attention.name, (device.type, dtype), ends)
     if not fuse or device.type != "cuda":  # no news on a CPU, where only the host's own forward runs
         return False, said
-    refusal = refused(device)
-    if attention is None:
+    refusal = host.blocks.refuses(model) or refused(device)
+    if refusal is None and attention is None:
         refusal = "they need one of this library's attentions, and none runs here"
     if refusal is not None:
         return False, [*said, f"The host's own block forward is used: fused kernels: {refusal}."]

@@ -21,6 +21,8 @@ from wan_runtime.options import (
     Activation,
     AsJson,
     Attention,
+    AttentionEndBlocks,
+    AttentionEndSteps,
     Backend,
     CheckpointLow,
     Compute,
@@ -175,6 +177,8 @@ def generate(
     compute: Compute = "auto",
     backend: Backend = "auto",
     attention: Attention = "auto",
+    attention_end_blocks: AttentionEndBlocks = None,
+    attention_end_steps: AttentionEndSteps = None,
     fuse: Fuse = True,
     activation: Activation = "dynamic",
     skip: Skip = None,
@@ -185,7 +189,8 @@ def generate(
 
     patch_options = {
         "dialect": dialect, "reference": reference, "weights": weights, "compute": compute, "backend": backend,
-        "attention": attention, "fuse": fuse, "activation": activation, "skip": tuple(skip or ()),
+        "attention": attention, "attention_end_blocks": attention_end_blocks,
+        "attention_end_steps": attention_end_steps, "fuse": fuse, "activation": activation, "skip": tuple(skip or ()),
     }  # fmt: skip
     request = {
         "negative_prompt": negative_prompt, **sizes_of(size), "num_frames": frames, "fps": fps,
@@ -244,6 +249,8 @@ def run(
     compute: Compute = "auto",
     backend: Backend = "auto",
     attention: Attention = "auto",
+    attention_end_blocks: AttentionEndBlocks = None,
+    attention_end_steps: AttentionEndSteps = None,
     fuse: Fuse = True,
     activation: Activation = "dynamic",
     skip: Skip = None,
@@ -253,7 +260,8 @@ def run(
 
     options = {
         "checkpoint": checkpoint, "checkpoint_low": checkpoint_low, "dialect": dialect, "reference": reference,
-        "weights": weights, "compute": compute, "backend": backend, "attention": attention, "fuse": fuse,
+        "weights": weights, "compute": compute, "backend": backend, "attention": attention,
+        "attention_end_blocks": attention_end_blocks, "attention_end_steps": attention_end_steps, "fuse": fuse,
         "activation": activation, "skip": tuple(skip or ()),
     }  # fmt: skip
     try:

@@ -7,14 +7,14 @@ clip, and frames as bytes. diffusers would round a bad size or frame count and g
 
 from __future__ import annotations
 
-import contextlib
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from wan_runtime.errors import InvalidRequest, WanRuntimeError
+from wan_runtime.scheduling import scheduler_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -220,7 +220,7 @@ def generate(pipe: Pipeline, request: ClipRequest, on_step: Callable[[int, int],
             on_step(index + 1, request.num_inference_steps)
         return {}
 
-    with _scheduler_of(pipe, request.flow_shift):
+    with scheduler_of(pipe, request.flow_shift, request.num_inference_steps):
         try:
             video = pipe(
                 prompt=request.prompt,
@@ -246,28 +246,6 @@ def generate(pipe: Pipeline, request: ClipRequest, on_step: Callable[[int, int],
         )
     frames = (video.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
     return Clip(frames=frames, request=request)
-
-
-@contextlib.contextmanager
-def _scheduler_of(pipe: Pipeline, flow_shift: float | None) -> Iterator[None]:
-    """Lends the pipeline a scheduler with another flow shift, for one clip."""
-    if flow_shift is None:
-        yield
-        return
-    own = pipe.scheduler
-    # UniPC and DPM++ call it flow_shift, FlowMatchEuler calls it shift
-    names = [name for name in ("flow_shift", "shift") if name in own.config]
-    if not names:
-        raise InvalidRequest(
-            "flow_shift",
-            "invalid_flow_shift",
-            f"This model's scheduler, {type(own).__name__}, has no flow shift.",
-        )
-    pipe.scheduler = type(own).from_config(own.config, **{names[0]: flow_shift})
-    try:
-        yield
-    finally:
-        pipe.scheduler = own
 
 
 def _check_prompts(request: ClipRequest) -> None:

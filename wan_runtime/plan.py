@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from wan_runtime import rules
+from wan_runtime.attention import Ends
 from wan_runtime.backends import AUTOMATIC, COMPUTES, Backend, backend_named
 from wan_runtime.errors import BackendUnavailable, InvalidOption
 from wan_runtime.formats import FORMATS
@@ -48,6 +49,24 @@ class Options:
     activation: str = "dynamic"
     attention: str = "auto"
     fuse: bool = True
+    attention_end_blocks: int | None = None
+    attention_end_steps: int | None = None
+
+    @property
+    def ends(self) -> Ends:
+        """FP8 attention's ends. Raises InvalidOption for a count below 0, or one that nothing would heed."""
+        given = {"blocks": self.attention_end_blocks, "steps": self.attention_end_steps}
+        for name, count in given.items():
+            if count is None:
+                continue
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise InvalidOption(f"attention_end_{name}={count!r} is not a number of {name}, 0 or more.")
+            if self.attention != "fp8":
+                raise InvalidOption(
+                    f"attention_end_{name}={count} says how many {name} at either end attend in bf16 under FP8 "
+                    f"attention, and attention={self.attention!r}. Ask for attention='fp8', or leave it out."
+                )
+        return Ends(**{name: count for name, count in given.items() if count is not None})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import wan_runtime
 from tests.builders.wan import Sizes
 from tests.hosts.diffusers import error, inputs, transformer
 from wan_runtime.attention import ATTENTIONS, choose, refused
-from wan_runtime.patches import _wan_block
+from wan_runtime.patches import _attending, _wan_block
 
 pytestmark = pytest.mark.gpu
 
@@ -79,13 +79,26 @@ def test_a_timestep_a_token() -> None:
     assert error(run(model(weights="keep"), timestep=timestep), expected) < 0.02
 
 
-def test_fp8_attention_runs_in_the_inner_blocks() -> None:
+def test_fp8_attention_runs_in_the_inner_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = refused("fp8", CUDA, BF16, 128)
     if reason is not None:
         pytest.skip(reason)
-    made = model(weights="fp8", attention="fp8")
+    plain = run(model(weights="fp8", attention="fa3"))
+    made = model(weights="fp8", attention="fp8", attention_end_steps=0)
+    assert error(run(made), plain) < 1e-6  # 48 tokens are short
+    monkeypatch.setattr(_attending, "SHORT", 0)
     assert [block.attn1.processor.name for block in made.blocks] == ["fa3", "fa3", "fp8", "fp8", "fa3", "fa3"]
-    assert 0 < error(run(made), run(model(weights="fp8", attention="fa3"))) < 0.05
+    assert 1e-6 < error(run(made), plain) < 0.05
+    first = model(weights="fp8", attention="fp8", attention_end_steps=1)
+    assert error(run(first), plain) < 1e-6  # the first step it sees
+    assert (
+        1e-6
+        < error(
+            run(first, timestep=torch.tensor([400.0])),
+            run(model(weights="fp8", attention="fa3"), timestep=torch.tensor([400.0])),
+        )
+        < 0.05
+    )
 
 
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.builders.wan import TINY, Sizes
-from tests.hosts.original import embed, rotate
+from tests.hosts.original import embed, rotate, turns
 
 
 class LinearBase(nn.Module):
@@ -146,7 +146,8 @@ class WanTransformerBlock(nn.Module):
         y = (self.norm1(x.float()) * (1 + scale) + shift).to(given)
         q, k, v = self.norm_q(self.to_q(y)[0]), self.norm_k(self.to_k(y)[0]), self.to_v(y)[0]
         q, k, v = (t.unflatten(2, (self.heads, -1)) for t in (q, k, v))
-        y = self.to_out(attend(rotate(q, grid).to(given), rotate(k, grid).to(given), v))[0]
+        q, k = (rotate(t, torch.tensor([grid] * len(t)), turns(t.shape[-1])).to(given) for t in (q, k))
+        y = self.to_out(attend(q, k, v))[0]
         y, x = (t.to(given) for t in self.self_attn_residual_norm(x, y, gate, 0, 0))
         y, x = (
             t.to(given) for t in self.cross_attn_residual_norm(x, self.attn2(y, context), 1, c_shift, c_scale)

@@ -35,6 +35,15 @@ class Attention:
     codes: Callable[..., torch.Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class Ends:
+    """How much attends in bf16 under FP8 attention: so many blocks, and so many steps, at either end."""
+
+    blocks: int = 2
+    steps: int = 1
+
+
+ENDS = Ends()
 ATTENTIONS: Catalogue[Attention] = Catalogue("wan_runtime.attention", Attention)
 AUTOMATIC = ("fa3", "cudnn", "sdpa")  # best first
 

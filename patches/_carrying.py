@@ -1,0 +1,78 @@
+"""A fused block whose last pass makes the first norm of the block after it, where that will be given what this gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _fused
+from ._modulation import rows_of
+from ._shared import Shared
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """How a block begins: its own modulation [1, 6, width], its self-attention and its first norm's epsilon."""
+
+    own: torch.Tensor
+    self_attention: _fused.SelfAttention
+    eps: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """A block among those of its model. `entrance` says how another one begins, or None where its host's forward runs."""
+
+    block: nn.Module
+    number: int
+    shared: Shared
+    entrance: Callable[[nn.Module], Entrance | None]
+
+
+def run(
+    place: Place,
+    parts: _fused.Block,
+    stream: torch.Tensor,
+    steps: torch.Tensor,
+    own: torch.Tensor,
+    table: torch.Tensor | None,
+    context: list[_fused.KeysValues],
+    kernels: Any,
+) -> torch.Tensor:
+    """`_fused.forward` of a block, given what the block before it has made, and making the same for the next.
+
+    steps and own are what `_modulation.rows_of` takes; the rest is `_fused.forward`'s.
+    """
+    batch, tokens, _ = stream.shape
+    shared, number = place.shared, place.number
+    modulation, index = rows_of(own, steps, batch, tokens, shared)
+    # Compiled there are no identities to tell a stream by, and in inference mode no versions.
+    if torch.compiler.is_compiling() or stream.is_inference():
+        return _fused.forward(parts, stream, modulation, index, table, context, kernels)[0]
+    shared.blocks[number] = place.block
+    rows = shared.take(number, stream, steps)
+    following = _following(place, stream, steps)
+    result, rows = _fused.forward(
+        parts, stream, modulation, index, table, context, kernels, rows=rows, following=following
+    )
+    shared.carry(number + 1, result, steps, rows)
+    return result
+
+
+def _following(place: Place, stream: torch.Tensor, steps: torch.Tensor) -> _fused.Following | None:
+    """The first norm of the next block, where it is on the fused forward, here, and was given our stream before."""
+    from wan_runtime.kernels.norm_modulate import Modulation
+
+    shared, number = place.shared, place.number + 1
+    block = shared.blocks.get(number)
+    entrance = None if block is None or number in shared.unwanted else place.entrance(block)
+    if entrance is None or entrance.own.device != stream.device:
+        return None
+    batch, tokens, _ = stream.shape
+    modulation, index = rows_of(entrance.own, steps, batch, tokens, shared)
+    norm1 = Modulation(modulation[:, 1], modulation[:, 0], entrance.eps, index=index)
+    return _fused.Following(norm1, _fused.coded_input(entrance.self_attention))

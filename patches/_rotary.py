@@ -1,0 +1,78 @@
+"""norm_rope's tables from the complex rotations of hosts under the original names, made once a clip's size."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+KEPT = 4  # sizes; a table is head * tokens * 4 bytes, 39 MB for 14B at 720p
+
+
+def table_of(turns: torch.Tensor) -> torch.Tensor:
+    """Complex rotations [tokens, head / 2] -> cosines, then sines: [tokens, head] fp32."""
+    return torch.cat((turns.real, turns.imag), 1).float().contiguous()
+
+
+def of_grid(grid: tuple[int, int, int], freqs: torch.Tensor) -> torch.Tensor:
+    """The release's rotations [positions, head / 2] of a clip of (frames, rows, columns) -> its table."""
+    half = freqs.shape[1]
+    axes = freqs.split([half - 2 * (half // 3), half // 3, half // 3], dim=1)
+    turns = [
+        axis[:size].view(*(-1 if at == number else 1 for at in range(3)), axis.shape[1]).expand(*grid, -1)
+        for number, (size, axis) in enumerate(zip(grid, axes, strict=True))
+    ]
+    return table_of(torch.cat(turns, 3).flatten(0, 2))
+
+
+class Rotations:
+    """Tables that a model has asked for. A copy or a pickle of it starts empty."""
+
+    def __init__(self) -> None:
+        self.tables: dict[tuple[int, int, int], torch.Tensor] = {}
+        self.freqs: torch.Tensor | None = None
+        self.given: tuple[torch.Tensor, torch.Tensor, tuple[int, int, int] | str] | None = None
+
+    def __reduce__(self) -> tuple[type[Rotations], tuple[()]]:
+        return type(self), ()
+
+    def of_clip(
+        self, tokens: int, seq_lens: torch.Tensor, grid_sizes: torch.Tensor, freqs: torch.Tensor
+    ) -> torch.Tensor | str:
+        """The release's arguments -> the table for `tokens` tokens, or why there is none, in words.
+
+        seq_lens [batch] and grid_sizes [batch, 3] are read once a forward: every block is given the same tensors.
+        """
+        if self.given is None or self.given[0] is not seq_lens or self.given[1] is not grid_sizes:
+            self.given = (seq_lens, grid_sizes, _grid(seq_lens, grid_sizes))
+        grid = self.given[2]
+        if isinstance(grid, str):
+            return grid
+        if math.prod(grid) != tokens:
+            return f"{tokens - math.prod(grid)} of {tokens} tokens are padding"
+        if self.freqs is not freqs:
+            self.freqs, self.tables = freqs, {}
+        if grid not in self.tables:
+            while len(self.tables) >= KEPT:
+                del self.tables[next(iter(self.tables))]
+            self.tables[grid] = of_grid(grid, freqs)
+        return self.tables[grid]
+
+    def of_tokens(self, freqs: torch.Tensor) -> torch.Tensor:
+        """DiffSynth's rotations, already laid out a token [tokens, 1, head / 2] -> their table."""
+        if torch.compiler.is_compiling():
+            return table_of(freqs[:, 0])
+        if self.freqs is not freqs:
+            self.freqs, self.tables = freqs, {(0, 0, 0): table_of(freqs[:, 0])}
+        return self.tables[(0, 0, 0)]
+
+
+def _grid(seq_lens: torch.Tensor, grid_sizes: torch.Tensor) -> tuple[int, int, int] | str:
+    """The size that all clips of a batch have, or why there is none."""
+    grids = {tuple(row) for row in grid_sizes.tolist()}
+    if len(grids) != 1:
+        return "the clips of a batch differ in size"
+    frames, rows, columns = grids.pop()
+    if set(seq_lens.tolist()) != {frames * rows * columns}:
+        return "its sequences are shorter or longer than their clips"
+    return frames, rows, columns
