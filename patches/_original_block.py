@@ -15,9 +15,10 @@ from torch import nn
 from wan_runtime.errors import InvalidOption
 from wan_runtime.residents import Move, OwnDtype, become, kind_of, restore
 
-from . import Blocks, _fused
+from . import Blocks, _carrying, _fused
+from ._called import KEY, leaf, number
 from ._context import keys_values
-from ._modulation import distinct, rows_of
+from ._modulation import distinct
 from ._original_attention import TEXT_TOKENS, attending_of, has_image, install, installed, uninstall
 from ._original_shape import host_class, unlike
 from ._rotary import Rotations
@@ -46,6 +47,10 @@ class Memo:
 
 class _Fused(OwnDtype):
     """What both hosts' fused blocks have in common."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        number(self)
 
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
         self.__dict__[MEMO].shared.clear()
@@ -135,9 +140,10 @@ def fuse(model: Any, kernels: str = "TRITON") -> list[str]:
     if why is not None:
         raise InvalidOption(f"the model has no block to fuse: {why}.")
     shared, rotations, said = Shared(), Rotations(), set[str]()
-    for number, block in enumerate(model.blocks):
+    for at, block in enumerate(model.blocks):
         become(block, KINDS[str(host_class(block))])
-        block.__dict__[MEMO] = Memo(shared, rotations, number, kernels, said)
+        block.__dict__[MEMO] = Memo(shared, rotations, at, kernels, said)
+        number(block)
     for name, last in (("time_embedding", False), ("time_projection", True)):
         part = getattr(model, name)
         become(part, FusedTime)
@@ -149,6 +155,7 @@ def fuse(model: Any, kernels: str = "TRITON") -> list[str]:
 def unfuse(model: nn.Module) -> None:
     """Undo `fuse`."""
     for module in model.modules():
+        module.__dict__.pop(KEY, None)
         if module.__dict__.pop(MEMO, None) is not None and kind_of(module) in (*KINDS.values(), FusedTime):
             restore(module)
 
@@ -203,30 +210,41 @@ def run(
     from wan_runtime.kernels import fused
 
     memo: Memo = block.__dict__[MEMO]
-    batch, tokens, _ = x.shape
     kernels = fused.kernels_named(memo.kernels)
-    parts = _parts(block, tokens, memo)
-    modulation, index = rows_of(block.modulation, steps, batch, tokens, memo.shared)
+    parts = _parts(block, x.shape[1], memo)
     context_kv = keys_values(parts.cross_attention, context, image, memo.shared, memo.number, kernels)
     stream = x.to(torch.promote_types(x.dtype, steps.dtype)).contiguous()
-    return _fused.forward(parts, stream, modulation, index, table, context_kv, kernels)
+    place = _carrying.Place(block, memo.number, memo.shared, _entrance)
+    return _carrying.run(place, parts, stream, steps, block.modulation, table, context_kv, kernels)
+
+
+def _entrance(block: Any) -> _carrying.Entrance | None:
+    """How a block begins that will run fused on the stream of the one before it."""
+    if unfusable(block) is not None:
+        return None
+    attention = _parts(block, 0, block.__dict__[MEMO]).self_attention
+    return _carrying.Entrance(block.modulation, attention, block.norm1.eps)
 
 
 def _parts(block: Any, tokens: int, memo: Memo) -> _fused.Block:
     one, two = block.self_attn, block.cross_attn
     mine, other = attending_of(one), attending_of(two)
     coded = mine.coded(one.norm_q, one.norm_k, one.num_heads, tokens, memo.shared, memo.number)
-    image = (two.k_img, two.v_img, two.norm_k_img) if has_image(two) else None
+    q, k, v, o = (leaf(block, f"self_attn.{name}") for name in "qkvo")
+    other_q, other_k, other_v, other_o = (leaf(block, f"cross_attn.{name}") for name in "qkvo")
+    image = None
+    if has_image(two):
+        image = (leaf(block, "cross_attn.k_img"), leaf(block, "cross_attn.v_img"), two.norm_k_img)
     return _fused.Block(
         self_attention=_fused.SelfAttention(
-            one.q, one.k, one.v, one.o, one.norm_q, one.norm_k, one.num_heads, mine.attend, coded
+            q, k, v, o, one.norm_q, one.norm_k, one.num_heads, mine.attend, coded
         ),
         cross_attention=_fused.CrossAttention(
-            two.q, two.k, two.v, two.o, two.norm_q, two.norm_k, two.num_heads, other.attend, image
+            other_q, other_k, other_v, other_o, two.norm_q, two.norm_k, two.num_heads, other.attend, image
         ),
         norm2=block.norm3 if isinstance(block.norm3, nn.LayerNorm) else None,
-        up=block.ffn[0],
-        down=block.ffn[2],
+        up=leaf(block, "ffn.0"),
+        down=leaf(block, "ffn.2"),
         eps1=block.norm1.eps,
         eps3=block.norm2.eps,
     )

@@ -17,10 +17,12 @@ from wan_runtime.residents import Move, OwnDtype, become, kind_of, restore
 
 from . import Blocks, _carrying, _fused
 from ._attention_processor import TEXT_TOKENS, Processor, install, uninstall
+from ._called import KEY, leaf, number
 from ._context import keys_values
 from ._shared import Shared
 from ._unfusable import notes, obstacle, traced
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CLASSES = ("WanTransformerBlock", "WanVACETransformerBlock")
 MEMO = (
     "_wan_runtime_fused"  # of a fused block: (what the model's blocks share, the block's number, its kernels)
@@ -48,6 +50,10 @@ class FusedBlock(OwnDtype):
             control = proj_in(control) + x
         control = run(self, control, context, temb, rotary)
         return (None if proj_out is None else proj_out(control)), control
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        number(self)
 
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
         self.__dict__[MEMO][0].clear()
@@ -104,9 +110,10 @@ def fuse(model: nn.Module, kernels: str = "TRITON") -> list[str]:
     if not blocks:
         raise InvalidOption("the model has no WAN block to fuse.")
     shared = Shared()
-    for number, (_, block) in enumerate(blocks):
+    for at, (_, block) in enumerate(blocks):
         become(block, FusedBlock)
-        block.__dict__[MEMO] = (shared, number, kernels)
+        block.__dict__[MEMO] = (shared, at, kernels)
+        number(block)
     for name, kind in (("condition_embedder", FusedEmbedder), ("rope", FusedRotary)):
         part = getattr(model, name, None)
         if isinstance(part, nn.Module):
@@ -129,6 +136,7 @@ def unfuse(model: nn.Module) -> None:
     """Undo `fuse`."""
     for module in model.modules():
         module.__dict__.pop(MEMO, None)
+        module.__dict__.pop(KEY, None)
         if kind_of(module) in (FusedBlock, FusedEmbedder, FusedRotary):
             restore(module)
 
@@ -165,14 +173,14 @@ def run(
     """The fused forward of one block, from the host's arguments."""
     from wan_runtime.kernels import fused
 
-    shared, number, kernels = block.__dict__[MEMO]
-    parts = _parts(block, x.shape[1], shared, number)
+    shared, at, kernels = block.__dict__[MEMO]
+    parts = _parts(block, x.shape[1], shared, at)
     chosen = fused.kernels_named(kernels)
     table = None if rotary_emb is None else shared.rotary_table(*rotary_emb)
     cross = parts.cross_attention
     image = 0 if cross.image is None else encoder_hidden_states.shape[1] - TEXT_TOKENS
-    context = keys_values(cross, encoder_hidden_states, image, shared, number, chosen)
-    place = _carrying.Place(block, number, shared, _entrance)
+    context = keys_values(cross, encoder_hidden_states, image, shared, at, chosen)
+    place = _carrying.Place(block, at, shared, _entrance)
     return _carrying.run(place, parts, x, temb, block.scale_shift_table, table, context, chosen)
 
 
@@ -180,26 +188,29 @@ def _entrance(block: Any) -> _carrying.Entrance | None:
     """How a block begins that will run fused on the stream of the one before it."""
     if hasattr(block, "proj_in") or unfusable(block) is not None:
         return None
-    shared, number, _ = block.__dict__[MEMO]
-    attention = _parts(block, 0, shared, number).self_attention
+    shared, at, _ = block.__dict__[MEMO]
+    attention = _parts(block, 0, shared, at).self_attention
     return _carrying.Entrance(block.scale_shift_table, attention, block.norm1.eps)
 
 
-def _parts(block: Any, tokens: int, shared: Shared, number: int) -> _fused.Block:
-    one, two, ffn = block.attn1, block.attn2, block.ffn
-    image = None if two.add_k_proj is None else (two.add_k_proj, two.add_v_proj, two.norm_added_k)
+def _parts(block: Any, tokens: int, shared: Shared, at: int) -> _fused.Block:
+    one, two = block.attn1, block.attn2
+    q, k, v, o = (leaf(block, f"attn1.{name}") for name in ATTENTION)
+    other_q, other_k, other_v, other_o = (leaf(block, f"attn2.{name}") for name in ATTENTION)
+    image = None
+    if two.add_k_proj is not None:
+        image = (leaf(block, "attn2.add_k_proj"), leaf(block, "attn2.add_v_proj"), two.norm_added_k)
     return _fused.Block(
         self_attention=_fused.SelfAttention(
-            one.to_q, one.to_k, one.to_v, one.to_out[0], one.norm_q, one.norm_k, one.heads,
-            one.processor.attend, one.processor.coded(one.norm_q, one.norm_k, one.heads, tokens, shared, number),
+            q, k, v, o, one.norm_q, one.norm_k, one.heads, one.processor.attend,
+            one.processor.coded(one.norm_q, one.norm_k, one.heads, tokens, shared, at),
         ),
         cross_attention=_fused.CrossAttention(
-            two.to_q, two.to_k, two.to_v, two.to_out[0], two.norm_q, two.norm_k, two.heads,
-            two.processor.attend, image,
+            other_q, other_k, other_v, other_o, two.norm_q, two.norm_k, two.heads, two.processor.attend, image
         ),
         norm2=block.norm2 if isinstance(block.norm2, nn.LayerNorm) else None,
-        up=ffn.net[0].proj,
-        down=ffn.net[2],
+        up=leaf(block, "ffn.net.0.proj"),
+        down=leaf(block, "ffn.net.2"),
         eps1=block.norm1.eps,
         eps3=block.norm3.eps,
     )  # fmt: skip

@@ -182,6 +182,45 @@ def test_blocks_compile_once_for_a_size_and_once_for_all_others() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
+def test_switching_an_adapter_compiles_nothing_anew() -> None:
+    from peft import LoraConfig
+
+    model = patched()
+    torch.manual_seed(1)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v", "net.2"], init_lora_weights=False))
+    model.requires_grad_(False)
+    _wan_block.fuse(model, "TWINS")
+    clips = [
+        torch.randn(1, 16, 1, 4, width, generator=torch.Generator().manual_seed(width)) for width in (4, 8)
+    ]
+
+    def forwards() -> list[torch.Tensor]:
+        results = []
+        for switch in (model.enable_adapters, model.disable_adapters):
+            switch()
+            for scale in (1.0, 0.5):
+                model.set_adapters("default", scale)
+                results += [run(model, hidden_states=clip) for clip in clips]
+        return results
+
+    expected = forwards()
+    assert error(expected[0], expected[2]) > 1e-3 and error(expected[0], expected[4]) > 1e-3
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for results in (forwards(), forwards()):
+        assert all(error(a, b) < EXACT for a, b in zip(results, expected, strict=True))
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    twin = copy.deepcopy(model)
+    twin.blocks[0].attn1.to_q.lora_A["default"].weight.data.mul_(3)
+    torch._dynamo.reset()
+    plain = run(twin, hidden_states=clips[0])
+    twin.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert error(run(twin, hidden_states=clips[0]), plain) < EXACT  # its own adapters, not the first model's
+    torch._dynamo.reset()
+
+
 def test_operators_say_the_shapes_they_give() -> None:
     x, table = torch.randn(6, 48), torch.randn(1, 6, 48)
     index = torch.zeros(6, dtype=torch.int32)
