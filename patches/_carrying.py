@@ -1,4 +1,4 @@
-"""A fused block whose last pass makes the first norm of the block after it, where that will be given what this gives."""
+"""A fused block whose last pass makes the first norm of the next block, where that will be given what this one gives."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Entrance:
 
 @dataclass(frozen=True)
 class Place:
-    """A block among those of its model. `entrance` says how another one begins, or None where its host's forward runs."""
+    """A block among those of its model. `entrance` says how another one begins, or None where that is not fused."""
 
     block: nn.Module
     number: int

@@ -22,6 +22,7 @@ from tests.builders.wan import TINY, Sizes, block_linears, state
 from tests.hosts import diffusers, original
 from tests.hosts.diffusers import error
 from tests.hosts.test_original import denoise, diffsynth, dit
+from tests.test_carried_norm import norms
 from wan_runtime.errors import BackendUnavailable, InvalidOption
 from wan_runtime.linear import QuantLinear
 from wan_runtime.patches import _original_block, _rotary
@@ -29,7 +30,7 @@ from wan_runtime.patches._fused import takes_codes
 from wan_runtime.patches._modulation import distinct
 from wan_runtime.patches._original_attention import install
 
-__all__ = ["diffsynth"]  # a fixture
+__all__ = ["diffsynth", "norms"]  # fixtures
 EXACT = 2e-5  # fp32 sums in another order
 FP32 = ("cpu", torch.float32)
 IMAGE = Sizes(image=64)
@@ -149,6 +150,15 @@ def test_two_sizes_and_a_table_for_each(spy: Spy, monkeypatch: pytest.MonkeyPatc
     scaled = torch.polar(torch.ones_like(twin.freqs.real), twin.freqs.angle() * 0.5)
     model.freqs = twin.freqs = scaled  # as tricks for longer clips do
     assert error(run(twin), run(model)) < EXACT and len(made) == 3
+
+
+@pytest.mark.parametrize("release", ["2.1", "2.2"])
+def test_a_blocks_end_makes_the_next_ones_first_norm(release: str, norms: list[int]) -> None:
+    model = patched(Sizes(layers=3), release)
+    twin = fused(model)
+    assert error(run(twin), run(model)) < EXACT and len(norms) == 3
+    norms.clear()
+    assert error(run(twin), run(model)) < EXACT and len(norms) == 1
 
 
 @pytest.mark.parametrize("release", ["2.1", "2.2"])
