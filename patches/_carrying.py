@@ -1,4 +1,4 @@
-"""A fused block whose last pass makes the first norm of the next block, where that will be given what this one gives."""
+"""A fused block whose last pass makes the next block's first norm, where that will be given what this one gives."""
 
 from __future__ import annotations
 

@@ -42,7 +42,6 @@ def test_every_refusal_of_this_machine_has_a_fix_of_its_own() -> None:
             "capability >= 9.0 or 8.9, or ROCm MI300+",
             "this GPU has no FP8 products",
         ),
-        ("row-wise FP8 on sm_89 can hang with torch < 2.12 (pytorch#177651); upgrade torch", "2.12 or newer"),
         ("FP8 products need dimensions that are multiples of 16; the weight is 250 x 256", "dequantised"),
         ("failed: RuntimeError: something new", "report it"),
     ],

@@ -18,7 +18,6 @@ FIXES = (
     ("needs a Hopper GPU", NOTHING + "it is made for Hopper (H100, H200); auto takes cudnn or sdpa"),
     ("before Hopper", NOTHING + "--attention sdpa is as fast on this GPU"),
     ("pip install fa3-fwd", "pip install fa3-fwd"),
-    ("upgrade torch", f"upgrade torch to 2.12 or newer ({BUILDS})"),
     ("Triton is not installed", "pip install triton (on Windows: pip install triton-windows)"),
     ("No module named 'triton'", "pip install triton (on Windows: pip install triton-windows)"),
     ("only supported on CUDA devices with compute", NOTHING + "this GPU has no FP8 products; bf16 is used (auto)"),

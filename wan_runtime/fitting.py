@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from wan_runtime.backends import backend_named
 from wan_runtime.checkpoint import Checkpoint
 from wan_runtime.errors import BadTensor, InvalidOption, NothingToPatch, UnaccountedTensors
 from wan_runtime.names import Spelling, from_original, noise_in
@@ -105,9 +106,10 @@ def notes(
     computes = {d.compute for d in decisions if d.action == "quantised"}
     if computes == {"bf16"} and device.type == "cuda":
         said.append(
-            f"{torch.cuda.get_device_name(device)}: weights are stored quantised and multiplied in bf16; this "
-            "saves memory, not time."
+            f"On {device} weights are stored quantised and multiplied in bf16; this saves memory, not time."
         )
+    used = sorted({d.backend for d in decisions if d.backend is not None and d.compute == "fp8"})
+    said += [remark for name in used if (remark := backend_named(name).remark(device)) is not None]
     if device.type == "cpu" and computes:
         said.append("No CUDA GPU: weights are stored quantised and dequantised for each product.")
     if options.activation == "static" and computes <= {"bf16", "fp32"}:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from wan_runtime.backends import _granularity
+from wan_runtime.backends._granularity import PRODUCTS, Product, row_wise, tried
 from wan_runtime.formats import FORMATS
 from wan_runtime.linear import QuantLinear
 
@@ -88,3 +90,31 @@ def test_one_layer_serves_several_batches_and_streams() -> None:
     assert (
         torch.equal(layer(a), alone[0]) and torch.equal(layer(b), alone[1]) and torch.equal(beside, alone[1])
     )
+
+
+CUDA = torch.device("cuda", 0)
+
+
+def on_the_default_stream(*operands: torch.Tensor | None) -> torch.Tensor:
+    """What torch before 2.12 did on an sm_89 (pytorch#177651)."""
+    with torch.cuda.stream(torch.cuda.default_stream()):
+        return row_wise(*operands)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("product", "right"), [*((p, True) for p in PRODUCTS.values()), (on_the_default_stream, False)]
+)
+def test_the_probe_finds_a_product_that_runs_on_the_wrong_stream(product: Product, right: bool) -> None:
+    refusal = tried(product, CUDA)
+    assert refusal is None if right else refusal == "a test product was wrong by 1.00 (relative error)"
+
+
+@pytest.mark.parametrize("weight_format", ["fp8", "nvfp4"])
+def test_tensor_wise_products_are_as_accurate(weight_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(300, 1536, device="cuda", dtype=torch.bfloat16)
+    x[7] *= 6e4
+    layer = _layer(weight_format, 256, 1536, "fp8")
+    best = _error(layer, torch.cat((x[:7], x[8:])))
+    monkeypatch.setitem(_granularity._REFUSED, 0, {"row-wise": "said so"})
+    assert _error(layer, torch.cat((x[:7], x[8:]))) < 1.1 * best
+    assert not bool(layer(x).isnan().any())

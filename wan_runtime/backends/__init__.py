@@ -34,6 +34,10 @@ def _no_bias(weight_format: str, compute: str) -> Biased | None:
     return None
 
 
+def _no_remark(device: torch.device) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """One multiplier.
@@ -46,6 +50,7 @@ class Backend:
               already, or None where the product does not take e4m3 codes.
     biased    (format, compute) -> the function that multiplies bf16 activations and adds a bf16 bias in the same pass,
               or None. The bias of a file is fp32: a layer whose bias is exactly bf16 saves a pass over its output.
+    remark    device -> what a user should read of the products there, a sentence, or None.
     """
 
     name: str
@@ -54,6 +59,7 @@ class Backend:
     kernel: Callable[[str, str], Multiply]
     coded: Callable[[str, str], Coded | None] = _no_codes
     biased: Callable[[str, str], Biased | None] = _no_bias
+    remark: Callable[[torch.device], str | None] = _no_remark
 
 
 BACKENDS: Catalogue[Backend] = Catalogue("wan_runtime.backends", Backend)

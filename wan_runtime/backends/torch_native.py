@@ -1,7 +1,8 @@
 """torch's own kernels: FP8 products through `torch._scaled_mm`, and dequantise-then-multiply on any device.
 
 FP8: activations are quantised with one dynamic scale a token by a fused kernel, weights keep their own scales, and the
-product is accumulated in the tensor cores' fast mode and returned in bf16. NVFP4 weights stay 4-bit in memory and are
+product is accumulated in the tensor cores' fast mode and returned in bf16; where a GPU does not take such scales,
+they are applied to the product (_granularity.py). NVFP4 weights stay 4-bit in memory and are
 expanded a layer at a time to FP8, so on Hopper and Ada they multiply at FP8 speed.
 """
 
@@ -12,15 +13,11 @@ from collections.abc import Callable
 
 import torch
 
-from wan_runtime.backends import Backend, Biased, Coded, Multiply
+from wan_runtime.backends import Backend, Biased, Coded, Multiply, _granularity
 from wan_runtime.formats import FORMATS, Slots
 
 FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 ALIGNMENT = 16  # _scaled_mm wants both weight dimensions to be multiples of 16
-SM89_FIXED_IN = (
-    2,
-    12,
-)  # before, row-wise products on sm_89 run on the wrong stream and can hang (pytorch#177651)
 
 
 def computes(weight_format: str) -> tuple[str, ...]:
@@ -44,11 +41,9 @@ def refuses(weight_format: str, compute: str, device: torch.device, shape: tuple
 def _probe(weight_format: str, index: int) -> str | None:
     """Run one tiny product on the GPU: the only proof that it can."""
     device = torch.device("cuda", index)
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if torch.cuda.get_device_capability(device) == (8, 9) and version < SM89_FIXED_IN:
-        return (
-            "row-wise FP8 on sm_89 can hang with torch < 2.12 (pytorch#177651); upgrade torch to use FP8 here"
-        )
+    refusal = _granularity.refuses(index)
+    if refusal is not None:
+        return refusal
     rows = torch.randn(32, 32, device=device, dtype=torch.bfloat16)
     slots = FORMATS[weight_format].quantize(torch.randn(32, 32, device=device), True)
     try:
@@ -141,15 +136,15 @@ def _scaled_mm(
     if not codes.shape[0]:  # cuBLAS refuses an empty product
         return torch.empty(0, weight.shape[0], dtype=torch.bfloat16, device=codes.device)
     channel_scale = scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()
-    return torch._scaled_mm(
-        codes,
-        weight.t(),
-        scale_a=token_scale,
-        scale_b=channel_scale,
-        bias=bias,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
+    return _granularity.product_on(codes.device)(codes, token_scale, weight, channel_scale, bias)
 
 
-BACKEND = Backend(name="torch", computes=computes, refuses=refuses, kernel=kernel, coded=coded, biased=biased)
+BACKEND = Backend(
+    name="torch",
+    computes=computes,
+    refuses=refuses,
+    kernel=kernel,
+    coded=coded,
+    biased=biased,
+    remark=_granularity.remark,
+)
