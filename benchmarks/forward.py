@@ -106,14 +106,18 @@ def prepare(made: Any, config: str) -> str:
         import wan_runtime
 
         options: dict[str, Any] = {"weights": weights, "attention": attention, "fuse": "unfused" not in what}
+        if attention == "fp8":
+            options["attention_end_steps"] = 0  # one timestep again and again would be the first step
         report = wan_runtime.patch(made, **options)
         attention = str(report.attention)
     else:
         _peer(made, who, what)
         if attention != "auto":
+            from wan_runtime.attention import Ends
             from wan_runtime.patches._attention_processor import install
 
-            install(made, attention, (next(made.parameters()).device.type, torch.bfloat16))
+            kind = next(made.parameters()).device.type
+            install(made, attention, (kind, torch.bfloat16), Ends(steps=0))
     if "compiled" in what:
         made.compile_repeated_blocks(fullgraph=False)
     return attention

@@ -49,6 +49,7 @@ def test_signatures_are_the_contract() -> None:
     assert defaults == {
         "weights": "auto", "compute": "auto", "backend": "auto", "attention": "auto", "fuse": True, "skip": (),
         "dialect": None, "reference": None, "activation": "dynamic",
+        "attention_end_blocks": None, "attention_end_steps": None,
     }  # fmt: skip
     assert list(patch)[:2] == ["model", "checkpoint"] and patch["checkpoint"].default is None
     load = inspect.signature(wan_runtime.load).parameters

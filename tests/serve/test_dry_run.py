@@ -34,6 +34,13 @@ def test_the_plan_says_who_multiplies_what(root: Path, tmp_path: Path) -> None:
         assert told in result.output
 
 
+def test_the_choice_of_attention_reaches_the_model(tmp_path: Path) -> None:
+    result = invoke("--dry-run", "--attention", "sdpa")
+    assert (result.exit_code, "attention: sdpa" in result.output) == (0, True), result.output
+    result = invoke("--dry-run", "--attention-end-steps", "2")
+    assert (result.exit_code, "Ask for attention='fp8'" in " ".join(result.output.split())) == (1, True)
+
+
 def test_what_could_not_be_served_is_said_with_the_status_1(tmp_path: Path) -> None:
     file = tmp_path / "broken.safetensors"
     file.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00notjson!")

@@ -49,3 +49,9 @@ def test_only_what_was_decided_reaches_the_runtime() -> None:
         "compute": "bf16",
         "dialect": "modelopt_nvfp4",
     }
+    fp8 = Settings(attention="fp8", attention_end_blocks=0, attention_end_steps=3)
+    assert fp8.pipeline_options() == {
+        "attention": "fp8",
+        "attention_end_blocks": 0,
+        "attention_end_steps": 3,
+    }
