@@ -128,6 +128,9 @@ KINDS: dict[str, type[_Fused]] = {"WanAttentionBlock": FusedReleaseBlock, "DiTBl
 
 def refuses(model: Any) -> str | None:
     """Why a model's blocks are not those of this page, in words, or None."""
+    for name in ("time_embedding", "time_projection"):
+        if not isinstance(getattr(model, name, None), nn.Sequential):
+            return f"its {name} is not a Sequential"
     return next((why for block in model.blocks if (why := unlike(block)) is not None), None)
 
 

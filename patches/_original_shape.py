@@ -1,5 +1,5 @@
-"""Whether a block under the original names is the release's or DiffSynth-Studio's: by its class's name, by what its
-forwards take, and by its parts. A fork that adds a part or an argument is not."""
+"""Whether a block under the original names is the release's or DiffSynth-Studio's: by its classes' names, by what its
+forwards take, and by its parts. A subclass is not, whatever it changes, nor a fork that adds a part or an argument."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from wan_runtime.residents import original_class
 
 @dataclass(frozen=True)
 class Shape:
-    """What one host's block looks like: its forward's parameters, those of its attentions, and the parts that it and
-    its attentions have beside the ones of both hosts."""
+    """What one host's block looks like: what its forward takes and those of its attentions, what the attentions are
+    called, and the parts that it and they have beside the ones of both hosts."""
 
     block: tuple[str, ...]
     self_attention: tuple[str, ...]
     cross_attention: tuple[str, ...]
+    attentions: tuple[str, ...]
     beside: frozenset[str] = frozenset()
     in_attention: frozenset[str] = frozenset()
 
@@ -29,11 +30,13 @@ SHAPES = {
         ("x", "e", "seq_lens", "grid_sizes", "freqs", "context", "context_lens"),
         ("x", "seq_lens", "grid_sizes", "freqs"),
         ("x", "context", "context_lens"),
+        ("WanSelfAttention", "WanCrossAttention", "WanT2VCrossAttention", "WanI2VCrossAttention"),
     ),
     "DiTBlock": Shape(
         ("x", "context", "t_mod", "freqs"),
         ("x", "freqs"),
         ("x", "y"),
+        ("SelfAttention", "CrossAttention"),
         beside=frozenset({"gate"}),
         in_attention=frozenset({"attn"}),
     ),
@@ -45,7 +48,8 @@ IMAGE = frozenset({"k_img", "v_img", "norm_k_img"})
 
 def host_class(block: nn.Module) -> str | None:
     """Which of SHAPES a block is called, or None."""
-    return next((cls.__name__ for cls in type(block).__mro__ if cls.__name__ in SHAPES), None)
+    name = type(block).__name__
+    return name if name in SHAPES else None
 
 
 def unlike(block: Any) -> str | None:
@@ -65,6 +69,8 @@ def unlike(block: Any) -> str | None:
         (two, attention | image, shape.cross_attention),
     ):
         kind = type(part).__name__
+        if part is not block and kind not in shape.attentions:
+            return f"its attention is a {kind}, not {' or '.join(shape.attentions)}"
         taken = tuple(inspect.signature(original_class(part).forward).parameters)[1:]
         if taken != wanted:
             return f"the forward of its {kind} takes {', '.join(taken)} and not {', '.join(wanted)}"

@@ -14,8 +14,6 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-runtime[dev]')")
 
-from torch._dynamo.utils import counters
-
 import wan_runtime
 from tests.builders.wan import TINY, Sizes
 from tests.hosts.diffusers import error, inputs, transformer
@@ -153,72 +151,6 @@ def test_one_layer_that_takes_plain_rows_among_codes(left_out: str) -> None:
     mixed.get_submodule(left_out)._bind()
     assert not takes_codes(mixed.get_submodule(left_out))
     assert error(run(mixed), run(model)) < 0.06
-
-
-@pytest.mark.slow
-def test_blocks_compile_whole_around_the_operators() -> None:
-    small = torch.randn(1, 16, 1, 2, 4, generator=torch.Generator().manual_seed(0))  # the interpreter is slow
-    model = patched()
-    expected = run(model, hidden_states=small)
-    _wan_block.fuse(model, "OPERATORS")
-    coded(model)
-    torch._dynamo.reset()
-    counters.clear()
-    model.compile_repeated_blocks(fullgraph=True, backend="eager")
-    assert 1e-3 < error(run(model, hidden_states=small), expected) < 0.06
-    assert counters["stats"]["unique_graphs"] == 1  # all blocks share it
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
-def test_blocks_compile_once_for_a_size_and_once_for_all_others() -> None:
-    model = patched()
-    _wan_block.fuse(model, "TWINS")
-    counters.clear()
-    model.compile_repeated_blocks(fullgraph=True, backend="eager")
-    for width in (8, 12, 16):
-        run(model, hidden_states=torch.randn(1, 16, 3, 8, width))
-    assert counters["stats"]["unique_graphs"] == 2
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
-def test_switching_an_adapter_compiles_nothing_anew() -> None:
-    from peft import LoraConfig
-
-    model = patched()
-    torch.manual_seed(1)
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v", "net.2"], init_lora_weights=False))
-    model.requires_grad_(False)
-    _wan_block.fuse(model, "TWINS")
-    clips = [
-        torch.randn(1, 16, 1, 4, width, generator=torch.Generator().manual_seed(width)) for width in (4, 8)
-    ]
-
-    def forwards() -> list[torch.Tensor]:
-        results = []
-        for switch in (model.enable_adapters, model.disable_adapters):
-            switch()
-            for scale in (1.0, 0.5):
-                model.set_adapters("default", scale)
-                results += [run(model, hidden_states=clip) for clip in clips]
-        return results
-
-    expected = forwards()
-    assert error(expected[0], expected[2]) > 1e-3 and error(expected[0], expected[4]) > 1e-3
-    torch._dynamo.reset()
-    counters.clear()
-    model.compile_repeated_blocks(fullgraph=True, backend="eager")
-    for results in (forwards(), forwards()):
-        assert all(error(a, b) < EXACT for a, b in zip(results, expected, strict=True))
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
-    twin = copy.deepcopy(model)
-    twin.blocks[0].attn1.to_q.lora_A["default"].weight.data.mul_(3)
-    torch._dynamo.reset()
-    plain = run(twin, hidden_states=clips[0])
-    twin.compile_repeated_blocks(fullgraph=True, backend="eager")
-    assert error(run(twin, hidden_states=clips[0]), plain) < EXACT  # its own adapters, not the first model's
-    torch._dynamo.reset()
 
 
 def test_operators_say_the_shapes_they_give() -> None:

@@ -5,9 +5,7 @@ own class."""
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,9 @@ from tests.builders import files
 from tests.builders.wan import TINY, Sizes, block_linears, state
 from tests.hosts import diffusers, original
 from tests.hosts.diffusers import error
-from tests.hosts.test_original import denoise, diffsynth, dit
+from tests.hosts.test_original import diffsynth
 from tests.test_carried_norm import norms
-from wan_runtime.errors import BackendUnavailable, InvalidOption
+from wan_runtime.errors import BackendUnavailable
 from wan_runtime.linear import QuantLinear
 from wan_runtime.patches import _original_block, _rotary
 from wan_runtime.patches._fused import takes_codes
@@ -338,106 +336,3 @@ def test_unpatch_takes_it_all_off(release: str) -> None:
     assert [(path, type(module)) for path, module in model.named_modules()] == before
     assert {path: set(module.__dict__) for path, module in model.named_modules()} == keys
     assert torch.equal(run(model), plain)
-
-
-class Forked(original.WanAttentionBlock):
-    def forward(self, *args: Any, scale: float = 1.0, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs) * scale
-
-
-def _forked(model: Any) -> None:
-    for block in model.blocks:
-        block.__class__ = Forked
-
-
-def _longer(model: Any) -> None:
-    model.blocks[1].audio_attn = torch.nn.Linear(2, 2)
-
-
-def _window(model: Any) -> None:
-    model.blocks[0].self_attn.window_size = (4, 4)
-
-
-def _relu(model: Any) -> None:
-    model.blocks[0].ffn[1] = torch.nn.ReLU()
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        (_forked, "the forward of its Forked takes args, scale, kwargs"),
-        (_longer, "more or fewer parts than the release's: audio_attn"),
-        (_window, "window"),
-        (_relu, "tanh GELU"),
-    ],
-)
-def test_a_fork_keeps_its_own_blocks_and_attention(change: Any, why: str) -> None:
-    model = original.transformer()
-    change(model)
-    with pytest.raises(InvalidOption, match=why):
-        _original_block.fuse(model, "TWINS")
-    with pytest.raises(BackendUnavailable, match=why):
-        wan_runtime.patch(model, attention="sdpa", skip=())
-    if change is not _longer:  # whose Linear no rule covers
-        assert wan_runtime.patch(model).attention is None
-
-
-@pytest.mark.usefixtures("diffsynth")
-@pytest.mark.parametrize("image", [False, True])
-@pytest.mark.parametrize("weights", ["fp8", "keep"])
-def test_diffsynths_own_block(image: bool, weights: str, spy: Spy) -> None:
-    module: Any = importlib.import_module("diffsynth.models.wan_video_dit")
-    torch.manual_seed(0)
-    block = module.DiTBlock(image, 256, 2, 512)
-    model = dit(module)
-    model.blocks = torch.nn.ModuleList([block, copy.deepcopy(block)])
-    model.eval().requires_grad_(False)
-    wan_runtime.patch(model, weights=weights)
-    twin = fused(model)
-    generator = torch.Generator().manual_seed(1)
-    freqs = torch.cat([f[:TOKENS] for f in module.precompute_freqs_cis_3d(128)], 1)[:, None]
-    x, context = (torch.randn(1, n, 256, generator=generator) for n in (TOKENS, 257 + 16))
-    distinct_mods = torch.randn(2, 6, 256, generator=generator)
-    a_token = distinct_mods[(torch.arange(TOKENS) >= 16).long()][None]
-    with torch.no_grad():
-        for modulation in (distinct_mods[:1], a_token):
-            expected, result = x, x
-            for own, ours in zip(model.blocks, twin.blocks, strict=True):
-                expected = own(expected, context, modulation, freqs)
-                result = ours(result, context, modulation, freqs)
-            assert error(result, expected) < EXACT
-    assert spy.count == 4
-    batched = torch.cat((x, x * 0.5))
-    with torch.no_grad():
-        args = (
-            context.repeat(2, 1, 1),
-            a_token,
-            freqs,
-        )  # one row of timesteps for both, as its merged CFG gives
-        assert error(twin.blocks[0](batched, *args), model.blocks[0](batched, *args)) < EXACT
-
-
-@pytest.mark.usefixtures("diffsynth")
-def test_diffsynths_model_and_its_attention(spy: Spy) -> None:
-    module: Any = importlib.import_module("diffsynth.models.wan_video_dit")
-    model = dit(module)
-    model.load_state_dict(state())
-    model.requires_grad_(False)
-    expected = denoise(module, model, torch.float32)
-    report = wan_runtime.patch(model, weights="keep", attention="sdpa")
-    assert (report.host, report.attention) == ("wan_original", "sdpa")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert error(denoise(module, model, torch.float32), expected) < EXACT
-        assert _original_block.fuse(model, "TWINS") == []
-        assert error(denoise(module, model, torch.float32), expected) < EXACT
-    assert spy.count == TINY.layers
-    model.to(torch.bfloat16)
-    spy.results.clear()
-    assert error(denoise(module, model, torch.bfloat16), expected) < 0.03
-    assert spy.results == [torch.bfloat16] * TINY.layers  # the host's own stream there
-    wan_runtime.unpatch(model)
-    assert (
-        type(model.blocks[0]) is module.DiTBlock
-        and type(model.blocks[0].self_attn.attn) is module.AttentionModule
-    )
