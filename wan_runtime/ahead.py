@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ def ahead(
     *,
     threads: int,
     budget: int,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """The results of `work`, in the order of `jobs`.
 
     A job waits until the costs of all that are begun and not yet consumed, with its own, are within `budget`; one that

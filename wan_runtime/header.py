@@ -171,12 +171,7 @@ def _mapped(path: Path, size: int) -> mmap.mmap:
     """The file in memory, privately: nothing written to a tensor reaches it."""
     try:
         with open(path, "rb") as file:
-            found = file.seek(0, 2)
-            if found != size:  # reading past a mapped file's end would kill the process
-                raise CheckpointError(
-                    path,
-                    f"it had {size} bytes when it was opened and has {found} now; is it still being written?",
-                )
+            check_size(path, file.seek(0, 2), size)  # reading past a mapped file's end would kill the process
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise CheckpointError(path, f"it cannot be memory-mapped ({error}).") from error
@@ -184,7 +179,18 @@ def _mapped(path: Path, size: int) -> mmap.mmap:
 
 def _view(data: mmap.mmap, entry: Entry) -> torch.Tensor:
     """A tensor's bytes in place, or a copy of them where they are not aligned for its dtype."""
-    dtype = DTYPES[entry.dtype]
     raw = torch.frombuffer(data, dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
-    aligned = raw if entry.start % dtype.itemsize == 0 else raw.clone()
-    return aligned.view(dtype).reshape(entry.shape)
+    return typed(raw if entry.start % DTYPES[entry.dtype].itemsize == 0 else raw.clone(), entry)
+
+
+def typed(raw: torch.Tensor, entry: Entry) -> torch.Tensor:
+    """A tensor's bytes, uint8 [nbytes] and aligned for its dtype, as the tensor."""
+    return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def check_size(path: Path, found: int, size: int) -> None:
+    """Raise CheckpointError where a file has not the size that it had when its header was read."""
+    if found != size:
+        raise CheckpointError(
+            path, f"it had {size} bytes when it was opened and has {found} now; is it still being written?"
+        )
