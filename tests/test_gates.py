@@ -93,9 +93,9 @@ def test_one_block_of_ggml_s_that_is_off_is_found(kind: str) -> None:
     ],
 )
 def test_an_unquantised_tensor_has_a_largest_value_too(key: str, rank: int, bound: float) -> None:
-    check_plain(Path("wan.safetensors"), key, rank, bound, "plain")
+    check_plain(Path("wan.safetensors"), key, rank, torch.tensor(bound), "plain")
     with pytest.raises(BadTensor, match=r"no WAN model's go beyond.*--dialect plain") as caught:
-        check_plain(Path("wan.safetensors"), key, rank, 1.01 * bound, "plain")
+        check_plain(Path("wan.safetensors"), key, rank, torch.tensor(1.01 * bound), "plain")
     assert caught.value.key == key
 
 

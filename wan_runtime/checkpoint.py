@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from wan_runtime import corrections, gates, settling
+from wan_runtime import assembling, gates, settling
 from wan_runtime.containers import read_header
 from wan_runtime.deciding import decide, hold, readings
 from wan_runtime.dialects import DIALECTS, Dialect, Layer, Reading, identify
+from wan_runtime.doubts import Doubts, Refuse, at_once
 from wan_runtime.errors import AmbiguousDialect, BadTensor, CheckpointError
-from wan_runtime.formats import FORMATS, BadSlot, check_cast
 from wan_runtime.header import DTYPES, Header
 from wan_runtime.names import PATCH, Spelling, Variant, naming_of, to_original, variant_of
+from wan_runtime.uploading import tensors_on
 
 
 @dataclass(frozen=True)
@@ -196,53 +197,83 @@ def _settle(header: Header, reference: Path) -> tuple[Dialect, str]:
 
 def read_layer(checkpoint: Checkpoint, path: str) -> dict[str, torch.Tensor]:
     """All slots of one layer, on the CPU, checked."""
-    layer = checkpoint.layers[path]
-    slots = {
-        s.slot: _decoded(checkpoint, layer, s.key, checkpoint.header.read_tensor(s.key))[s.slot]
-        for s in layer.sources
-    }
-    return _complete(checkpoint, layer, slots)
+    header, layer = checkpoint.header, checkpoint.layers[path]
+    given: dict[str, torch.Tensor] = {}
+    for key in dict.fromkeys(source.key for source in layer.sources):
+        given |= assembling.decoded(header.path, layer, key, header.read_tensor(key))
+    return assembling.complete(header.path, layer, given, at_once)
 
 
 def read_plain(checkpoint: Checkpoint, tensor: str) -> torch.Tensor:
     """One unquantised tensor, on the CPU, checked; fp8 ones of a plain-cast file come as fp32."""
     view = checkpoint.views.get(tensor)
     keys = (checkpoint.plain[tensor],) if view is None else view.keys
-    parts = [_plain_tensor(checkpoint, key, checkpoint.header.read_tensor(key)) for key in keys]
+    read = checkpoint.header.read_tensor
+    parts = [
+        assembling.plain(checkpoint.path, key, read(key), _bounded_by(checkpoint), at_once) for key in keys
+    ]
     return parts[0] if view is None else view.make(parts)
 
 
-def stream(checkpoint: Checkpoint, device: torch.device) -> Iterator[Loaded]:
-    """Read the file in its own order, memory-mapped, one tensor at a time onto the device; yield complete layers.
+def _bounded_by(checkpoint: Checkpoint) -> str | None:
+    return None if checkpoint.insisted else checkpoint.dialect.name
 
+
+def stream(checkpoint: Checkpoint, device: torch.device) -> Iterator[Loaded]:
+    """Read the file in its own order onto the device and yield complete layers, decoded there.
+
+    Damaged values are told late, by the end at the latest: install nothing before the stream has ended.
     Raises CheckpointError before the first where the weights contradict the file's marks.
     """
     if not checkpoint.insisted:
         modules = {layer.module: layer for layer in checkpoint.layers.values()}
         hold(checkpoint.header, checkpoint.dialect.name, checkpoint.evidence, modules)
+    doubts = Doubts()
+    try:
+        yield from _assembled(checkpoint, device, doubts)
+    except CheckpointError:
+        doubts.settle()  # what was damaged before this is told first
+        raise
+    doubts.settle()
+
+
+def _assembled(checkpoint: Checkpoint, device: torch.device, refuse: Refuse) -> Iterator[Loaded]:
     owners = _owners(checkpoint)
     waiting: dict[str, dict[str, torch.Tensor]] = {}
-    with checkpoint.header.opened() as read:
-        for key in checkpoint.header.entries:
-            if key in checkpoint.markers:
-                continue
-            tensor = read(key).to(device)
-            for path in owners[
-                key
-            ]:  # a key that nothing owns is a defect of the dialect, and a KeyError here
-                parts = waiting.setdefault(path, {})
-                layer = checkpoint.layers.get(path)
-                if layer is not None:
-                    parts |= _decoded(checkpoint, layer, key, tensor)
-                    if len(parts) == len(layer.sources):
-                        yield Loaded(path, layer.format, _complete(checkpoint, layer, waiting.pop(path)))
-                    continue
-                parts[key] = _plain_tensor(checkpoint, key, tensor)
-                view = checkpoint.views.get(path)
-                if view is None or len(parts) == len(view.keys):
-                    del waiting[path]
-                    whole = parts[key] if view is None else view.make([parts[name] for name in view.keys])
-                    yield Loaded(path, None, {"tensor": whole})
+    markers = set(checkpoint.markers)
+    keys = [key for key in checkpoint.header.entries if key not in markers]
+    for key, tensor in tensors_on(checkpoint.header, keys, device):
+        for path in owners[key]:  # a key that nothing owns is a defect of the dialect, and a KeyError here
+            waiting.setdefault(path, {}).update(_given(checkpoint, path, key, tensor, refuse))
+            if len(waiting[path]) == _wanted(checkpoint, path):
+                yield _loaded(checkpoint, path, waiting.pop(path), refuse)
+        del tensor  # the caller's now, if it keeps it
+
+
+def _given(
+    checkpoint: Checkpoint, path: str, key: str, tensor: torch.Tensor, refuse: Refuse
+) -> dict[str, torch.Tensor]:
+    """What a key gives to its layer, by slot, or to its plain tensor, by key."""
+    if path in checkpoint.layers:
+        return assembling.decoded(checkpoint.path, checkpoint.layers[path], key, tensor)
+    return {key: assembling.plain(checkpoint.path, key, tensor, _bounded_by(checkpoint), refuse)}
+
+
+def _wanted(checkpoint: Checkpoint, path: str) -> int:
+    """How many slots or tensors a layer or plain tensor is made of."""
+    if path in checkpoint.layers:
+        return len(checkpoint.layers[path].sources)
+    return len(checkpoint.views[path].keys) if path in checkpoint.views else 1
+
+
+def _loaded(checkpoint: Checkpoint, path: str, parts: dict[str, torch.Tensor], refuse: Refuse) -> Loaded:
+    layer = checkpoint.layers.get(path)
+    if layer is not None:
+        return Loaded(path, layer.format, assembling.complete(checkpoint.path, layer, parts, refuse))
+    view = checkpoint.views.get(path)
+    if view is None:
+        return Loaded(path, None, {"tensor": parts[checkpoint.plain[path]]})
+    return Loaded(path, None, {"tensor": view.make([parts[name] for name in view.keys])})
 
 
 def _owners(checkpoint: Checkpoint) -> dict[str, list[str]]:
@@ -255,82 +286,6 @@ def _owners(checkpoint: Checkpoint) -> dict[str, list[str]]:
         for name in checkpoint.views[path].keys if path in checkpoint.views else (key,):
             owners.setdefault(name, []).append(path)
     return owners
-
-
-def _plain_tensor(checkpoint: Checkpoint, key: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype.itemsize == 1:  # a norm or bias that was cast to fp8
-        try:
-            check_cast(tensor)
-        except ValueError as error:
-            raise BadTensor(checkpoint.path, key, str(error)) from error
-        tensor = tensor.float()
-    largest = _largest(tensor)
-    if not math.isfinite(largest):
-        raise BadTensor(checkpoint.path, key, "it holds NaN or infinite values; the file is damaged.")
-    if not checkpoint.insisted:
-        gates.check_plain(checkpoint.path, key, tensor.ndim, largest, checkpoint.dialect.name)
-    return tensor
-
-
-def _largest(tensor: torch.Tensor) -> float:
-    """The largest magnitude; NaN where a value is. Taken from the extremes, which take no memory to find."""
-    if tensor.numel() == 0 or not tensor.is_floating_point():
-        return 0.0
-    return float(torch.stack(torch.aminmax(tensor)).abs().max())
-
-
-def _decoded(checkpoint: Checkpoint, layer: Layer, key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The slots that one key of a layer gives (a plain fp8 weight gives its scale of 1 too)."""
-    slots = {}
-    for source in layer.sources:
-        if source.key == key:
-            try:
-                slots[source.slot] = source.decode(tensor, *layer.shape).to(tensor.device)
-            except ValueError as error:
-                raise BadTensor(checkpoint.path, key, str(error)) from error
-    return slots
-
-
-def _complete(
-    checkpoint: Checkpoint, layer: Layer, given: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The canonical slots, checked, from what all sources of a layer gave."""
-    try:
-        slots = dict(layer.finish(given))
-    except ValueError as error:
-        raise BadTensor(checkpoint.path, f"{layer.module}.weight", str(error)) from error
-    _check(checkpoint, layer, slots)
-    return slots
-
-
-def _check(checkpoint: Checkpoint, layer: Layer, slots: Mapping[str, torch.Tensor]) -> None:
-    """Shapes and values of a complete layer, against its format."""
-    weight_format = FORMATS[layer.format]
-    keys = dict.fromkeys(weight_format.layout(*layer.shape), f"{layer.module}.weight")
-    keys |= {source.slot: source.key for source in layer.sources}
-    refusal = weight_format.refuses(*layer.shape)
-    if refusal is not None:
-        raise BadTensor(checkpoint.path, keys["payload"], f"it cannot be {layer.format}: {refusal}.")
-    for name, (dtype, shapes) in weight_format.layout(*layer.shape).items():
-        tensor = slots[name]
-        if tensor.dtype != dtype or tuple(tensor.shape) not in shapes:
-            raise BadTensor(
-                checkpoint.path,
-                keys[name],
-                f"slot {name} needs {dtype} {list(shapes[0])}; it is {tensor.dtype} {list(tensor.shape)}.",
-            )
-    static = slots.get("input_scale")
-    if static is not None and not bool((torch.isfinite(static) & (static > 0)).all()):
-        raise BadTensor(
-            checkpoint.path, keys["input_scale"], f"an input scale must be positive; it is {static.item():g}."
-        )
-    try:
-        weight, around = corrections.split(layer.format, slots)
-        weight_format.check(weight)
-        corrections.check(around, *layer.shape)
-        gates.check_size(layer.module, layer.format, weight, layer.shape)
-    except BadSlot as bad:
-        raise BadTensor(checkpoint.path, keys.get(bad.slot, keys["payload"]), str(bad)) from bad
 
 
 def plain_dtype(checkpoint: Checkpoint, tensor: str) -> torch.dtype:

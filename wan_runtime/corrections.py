@@ -23,6 +23,7 @@ from collections.abc import Mapping
 
 import torch
 
+from wan_runtime.doubts import Refuse, at_once
 from wan_runtime.formats import FORMATS, BadSlot, Slots
 
 SLOTS = ("rotation", "pre_scale", "low_rank_a", "low_rank_b")
@@ -109,8 +110,11 @@ def _power_of_4(size: int) -> bool:
     return size >= 4 and size & (size - 1) == 0 and size.bit_length() % 2 == 1
 
 
-def check(slots: Mapping[str, torch.Tensor], out: int, inp: int) -> None:
-    """Refuse corrections of a wrong dtype or shape, or with values that no producer writes; raises BadSlot."""
+def check(slots: Mapping[str, torch.Tensor], out: int, inp: int, refuse: Refuse = at_once) -> None:
+    """Refuse corrections of a wrong dtype or shape, or with values that no producer writes; raises BadSlot.
+
+    A rotation's group is read at once: it decides what is computed.
+    """
     if ("low_rank_a" in slots) != ("low_rank_b" in slots):
         alone = "low_rank_a" if "low_rank_a" in slots else "low_rank_b"
         raise BadSlot(alone, f"{alone} is there without the other half of the low-rank branch.")
@@ -129,17 +133,25 @@ def check(slots: Mapping[str, torch.Tensor], out: int, inp: int) -> None:
             raise BadSlot(
                 name, f"slot {name} needs {dtype} {list(shape)}; it is {tensor.dtype} {list(tensor.shape)}."
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise BadSlot(name, f"{name} holds NaN or infinite values; the file is damaged.")
-    _check_values(slots, inp)
+        refuse(~torch.isfinite(tensor).all(), functools.partial(_not_finite, name))
+    _check_values(slots, inp, refuse)
 
 
-def _check_values(slots: Mapping[str, torch.Tensor], inp: int) -> None:
+def _not_finite(name: str) -> BadSlot:
+    return BadSlot(name, f"{name} holds NaN or infinite values; the file is damaged.")
+
+
+def _check_values(slots: Mapping[str, torch.Tensor], inp: int, refuse: Refuse) -> None:
     group = group_of(slots)
     if group is not None and (not _power_of_4(group) or inp % group):
         raise BadSlot(
             "rotation",
             f"a rotation in groups of {group} does not fit: a group is a power of 4 that divides in_features {inp}.",
         )
-    if "pre_scale" in slots and not bool((slots["pre_scale"] > 0).all()):
-        raise BadSlot("pre_scale", "an input channel is scaled by zero or less; no quantiser writes that.")
+    if "pre_scale" in slots:
+        refuse(
+            ~(slots["pre_scale"] > 0).all(),
+            lambda: BadSlot(
+                "pre_scale", "an input channel is scaled by zero or less; no quantiser writes that."
+            ),
+        )

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from wan_runtime.dialects import Layer
+from wan_runtime.doubts import Refuse, at_once
 from wan_runtime.errors import BadTensor
 from wan_runtime.formats import FORMATS, BadSlot, Slots
 from wan_runtime.header import Entry
@@ -26,45 +27,55 @@ LARGEST_VALUE = {"blocks": 40.0, "elsewhere": 1000.0}
 LARGEST_OF_ANY = 1e6
 
 
-def check_size(module: str, weight_format: str, slots: Slots, shape: tuple[int, int]) -> None:
-    """Raise BadSlot where a layer's weights are far larger or smaller than any WAN model's.
+def check_size(
+    module: str, weight_format: str, slots: Slots, shape: tuple[int, int], refuse: Refuse = at_once
+) -> None:
+    """Refuse with BadSlot weights of a layer that are far larger or smaller than any WAN model's.
 
     module: in any spelling. slots: the format's own, [out, ...] each, checked by the format.
     """
     held = FORMATS[weight_format]
     within = None if held.sizes is None else held.sizes(slots)
     parts = [held.dequantize(part).float() for part in _parts(slots, shape[0], within)]
-    largest = max((float(values.abs().max()) for values in parts if values.numel()), default=0.0)
-    if largest == 0:
+    if not parts[0].numel():
         return
+    largest = torch.stack([values.abs().amax() for values in parts]).amax()
+    rms = parts[0].square().mean().sqrt()
     where = _where(module)
-    rms = float(parts[0].square().mean().sqrt())
     scale = next((name for name in ("scale", "block_scale") if name in slots), "payload")
-    if rms > LARGEST_RMS[where] or largest > LARGEST_VALUE[where]:
-        raise BadSlot(
+    refuse(
+        (rms > LARGEST_RMS[where]) | (largest > LARGEST_VALUE[where]),
+        lambda: BadSlot(
             scale,
-            f"with it the weights reach {largest:.3g} (root mean square {rms:.3g}), and no WAN model's do: the scale "
-            "is inverted, damaged, or of another layer.",
-        )
-    if rms < SMALLEST:
-        raise BadSlot(
+            f"with it the weights reach {float(largest):.3g} (root mean square {float(rms):.3g}), and no WAN model's "
+            "do: the scale is inverted, damaged, or of another layer.",
+        ),
+    )
+    refuse(
+        (largest > 0) & (rms < SMALLEST),
+        lambda: BadSlot(
             scale,
-            f"with it the weights are {rms:.3g} (root mean square), and a trained layer's are above {SMALLEST:g}: the "
-            "scale is inverted, damaged, or of another layer.",
-        )
+            f"with it the weights are {float(rms):.3g} (root mean square), and a trained layer's are above "
+            f"{SMALLEST:g}: the scale is inverted, damaged, or of another layer.",
+        ),
+    )
 
 
-def check_plain(path: Path, key: str, rank: int, largest: float, dialect: str) -> None:
-    """Raise BadTensor where an unquantised tensor's largest magnitude is beyond any WAN model's."""
+def check_plain(
+    path: Path, key: str, rank: int, largest: torch.Tensor, dialect: str, refuse: Refuse = at_once
+) -> None:
+    """Refuse with BadTensor an unquantised tensor whose largest magnitude is beyond any WAN model's."""
     matrix = rank == 2 and key.endswith(".weight")
     bound = LARGEST_VALUE[_where(key)] if matrix else LARGEST_OF_ANY
-    if largest > bound:
-        raise BadTensor(
+    refuse(
+        largest > bound,
+        lambda: BadTensor(
             path,
             key,
-            f"its values reach {largest:.3g}, and no WAN model's go beyond {bound:g}: the file is damaged, or its "
-            f"scales were lost. Download or make it again; --dialect {dialect} takes it as it is.",
-        )
+            f"its values reach {float(largest):.3g}, and no WAN model's go beyond {bound:g}: the file is damaged, or "
+            f"its scales were lost. Download or make it again; --dialect {dialect} takes it as it is.",
+        ),
+    )
 
 
 def _where(name: str) -> str:
@@ -91,27 +102,29 @@ def _parts(slots: Slots, out: int, within: torch.Tensor | None) -> Iterator[dict
     count = 1 if scales is None else scales.shape[0]
     height = 1 if count in (1, out) else 1 << (-(-out // count) - 1).bit_length()  # blocks that span rows
     if height == 1:
-        yield _rows(slots, torch.linspace(0, out - 1, min(ROWS, out)).long(), out)
+        spread = torch.linspace(0, out - 1, min(ROWS, out), device=slots["payload"].device)
+        yield _rows(slots, spread.long(), out)
     else:
-        yield _block(slots, 0, height, out)
+        yield _block(slots, slots["payload"].new_zeros((), dtype=torch.long), height, out)
     if within is not None:
         yield _rows(slots, within.argmax(0), out)
     if scales is not None and count > 1:
         sizes = scales.float().amax(1)
-        for number in {int(sizes.argmax()), int(sizes.argmin())}:
+        for number in (sizes.argmax(), sizes.argmin()):
             yield _block(slots, number, height, out)
 
 
 def _rows(slots: Slots, index: torch.Tensor, out: int) -> dict[str, torch.Tensor]:
-    return {name: t[index.to(t.device)] if t.shape[0] == out > 1 else t for name, t in slots.items()}
+    return {name: t[index] if t.shape[0] == out > 1 else t for name, t in slots.items()}
 
 
-def _block(slots: Slots, number: int, height: int, out: int) -> dict[str, torch.Tensor]:
-    """One row of blocks; a single row where the scales are a row's."""
+def _block(slots: Slots, number: torch.Tensor, height: int, out: int) -> dict[str, torch.Tensor]:
+    """One row of blocks; a single row where the scales are a row's. The last row again where the block is cut short."""
+    rows = (number * height + torch.arange(height, device=number.device)).clamp(max=out - 1)
 
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.shape[0] == out:
-            return tensor[number * height : (number + 1) * height]
-        return tensor if tensor.shape[0] == 1 else tensor[number : number + 1]
+            return tensor[rows]
+        return tensor if tensor.shape[0] == 1 else tensor[number.reshape(1)]
 
     return {name: cut(tensor) for name, tensor in slots.items()}

@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from wan_runtime.catalogue import Catalogue
+from wan_runtime.doubts import Refuse, at_once
 from wan_runtime.errors import UnknownName
 
 Slots = Mapping[str, "torch.Tensor"]
@@ -27,6 +29,12 @@ class BadSlot(ValueError):
         super().__init__(problem)
 
 
+class Check(Protocol):
+    """Refuses slots whose values are damaged; `refuse` decides when (wan_runtime.doubts)."""
+
+    def __call__(self, slots: Slots, refuse: Refuse = at_once) -> None: ...
+
+
 @dataclass(frozen=True)
 class Format:
     """One weight format.
@@ -36,7 +44,7 @@ class Format:
     quantize    (float weight [out, in], per_channel) -> slots, by the format's amax rule; `per_channel` asks for one
                 scale an output channel where the format has that choice.
     dequantize  slots -> float32 weight [out, in], exact up to one fp32 rounding per product.
-    check       raises BadSlot when the values are damaged: NaN codes; a scale that is NaN, infinite or negative, or
+    check       refuses with BadSlot values that are damaged: NaN codes; a scale that is NaN, infinite or negative, or
                 zero beside non-zero codes.
     bits        bits a weight takes, block scales included.
     sizes       slots -> the largest magnitude in each row of n kinds of scale that lie within the payload, [out, n];
@@ -48,7 +56,7 @@ class Format:
     refuses: Callable[[int, int], str | None]
     quantize: Callable[[torch.Tensor, bool], dict[str, torch.Tensor]]
     dequantize: Callable[[Slots], torch.Tensor]
-    check: Callable[[Slots], None]
+    check: Check
     bits: float
     sizes: Callable[[Slots], torch.Tensor] | None = None
 
@@ -68,19 +76,28 @@ class Formats(Catalogue[Format]):
 FORMATS: Formats = Formats("wan_runtime.formats", Format)
 
 
-def check_scale(slots: Slots, slot: str) -> None:
+def check_scale(slots: Slots, slot: str, refuse: Refuse = at_once) -> None:
     """Refuse a scale that is NaN, infinite or negative."""
     scale = slots[slot]
-    if not bool(torch.isfinite(scale).all()):
-        raise BadSlot(slot, "the scale is NaN or infinite; the file is damaged or was never calibrated.")
-    if bool((scale < 0).any()):
-        raise BadSlot(slot, f"the scale is negative ({scale.min().item():g}); no quantiser writes that.")
+    least = scale.min() if scale.numel() else scale.new_zeros(())
+    refuse(
+        ~torch.isfinite(scale).all(),
+        lambda: BadSlot(slot, "the scale is NaN or infinite; the file is damaged or was never calibrated."),
+    )
+    refuse(
+        least < 0,
+        lambda: BadSlot(slot, f"the scale is negative ({least.item():g}); no quantiser writes that."),
+    )
 
 
-def check_zero_scale(slots: Slots, slot: str, codes_nonzero: torch.Tensor) -> None:
+def check_zero_scale(
+    slot: str, zero: torch.Tensor, codes_nonzero: torch.Tensor, refuse: Refuse = at_once
+) -> None:
     """Refuse a zero scale beside non-zero codes: the weights it hides are lost. Both broadcast together."""
-    if bool(((slots[slot] == 0) & codes_nonzero).any()):
-        raise BadSlot(slot, "the scale is zero beside non-zero codes; the weights would vanish.")
+    refuse(
+        (zero & codes_nonzero).any(),
+        lambda: BadSlot(slot, "the scale is zero beside non-zero codes; the weights would vanish."),
+    )
 
 
 # Scaling by amax puts the largest code at 448 (e5m2: or 57344), and the tensors of a WAN model stay below about 20.
@@ -88,13 +105,15 @@ def check_zero_scale(slots: Slots, slot: str, codes_nonzero: torch.Tensor) -> No
 _SCALED_CODES = {"torch.float8_e4m3fn": (0x77, 0x7E), "torch.float8_e5m2": (0x5C, 0x7B)}
 
 
-def check_cast(tensor: torch.Tensor) -> None:
-    """Raise ValueError when an fp8 tensor without a scale fills fp8's range as only scaled codes do."""
+def check_cast(tensor: torch.Tensor, refuse: Refuse = at_once) -> None:
+    """Refuse with ValueError an fp8 tensor without a scale that fills fp8's range as only scaled codes do."""
     first, last = _SCALED_CODES[str(tensor.dtype)]
     magnitudes = tensor.view(torch.uint8) & 0x7F
-    many = int(((magnitudes >= first) & (magnitudes <= last)).sum())
-    if many:
-        raise ValueError(
-            f"{many} of its values are 240 or more, and no weight is that large: the codes were scaled and the file "
-            "has lost their scales. Download the original again."
-        )
+    many = ((magnitudes >= first) & (magnitudes <= last)).sum()
+    refuse(
+        many > 0,
+        lambda: ValueError(
+            f"{int(many)} of its values are 240 or more, and no weight is that large: the codes were scaled and the "
+            "file has lost their scales. Download the original again."
+        ),
+    )

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
+from wan_runtime.doubts import Refuse, at_once
 from wan_runtime.formats import BadSlot, Format, Slots
 
 PREFIX = "ggml_"
@@ -147,11 +148,15 @@ def _blocks(slots: Slots, block: Block) -> torch.Tensor:
     return slots["payload"].reshape(-1, block.nbytes)
 
 
-def _check(slots: Slots, block: Block) -> None:
+def _check(block: Block, slots: Slots, refuse: Refuse = at_once) -> None:
     blocks = _blocks(slots, block)
-    bad = sum(int((~_half(blocks, at).isfinite()).sum()) for at in block.halves)
-    if bad:
-        raise BadSlot("payload", f"{bad} of its blocks' scales are NaN or infinite; the file is damaged.")
+    bad = torch.stack([(~_half(blocks, at).isfinite()).sum() for at in block.halves]).sum()
+    refuse(
+        bad > 0,
+        lambda: BadSlot(
+            "payload", f"{int(bad)} of its blocks' scales are NaN or infinite; the file is damaged."
+        ),
+    )
 
 
 def _sizes(slots: Slots, block: Block) -> torch.Tensor:
@@ -182,7 +187,7 @@ def _make(name: str, block: Block) -> Format:
         refuses=refuses,
         quantize=_quantize,
         dequantize=dequantize,
-        check=functools.partial(_check, block=block),
+        check=functools.partial(_check, block),
         bits=8 * block.nbytes / block.weights,
         sizes=functools.partial(_sizes, block=block),
     )

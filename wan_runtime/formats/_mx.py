@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from wan_runtime.doubts import Refuse, at_once
 from wan_runtime.formats import BadSlot, Slots
 
 BLOCK = 32
@@ -51,11 +52,12 @@ def times(codes: torch.Tensor, block_scale: torch.Tensor) -> torch.Tensor:
     return (codes.reshape(out, inp // BLOCK, BLOCK) * values(block_scale)[..., None]).reshape(out, inp)
 
 
-def check(slots: Slots) -> None:
+def check(slots: Slots, refuse: Refuse = at_once) -> None:
     """Refuse block scales that are NaN."""
-    bad = int((slots["block_scale"] == NAN).sum())
-    if bad:
-        raise BadSlot(
-            "block_scale",
-            f"{bad} of {slots['block_scale'].numel()} block scales are NaN (byte {NAN}); the file is damaged.",
-        )
+    count, bad = slots["block_scale"].numel(), (slots["block_scale"] == NAN).sum()
+    refuse(
+        bad > 0,
+        lambda: BadSlot(
+            "block_scale", f"{int(bad)} of {count} block scales are NaN (byte {NAN}); the file is damaged."
+        ),
+    )

@@ -7,10 +7,12 @@ of two gives a count of two or more, and a count of one is the whole side.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
+from wan_runtime.doubts import Refuse, absent, at_once
 from wan_runtime.formats import BadSlot, Format, Slots, check_scale, check_zero_scale
 
 Layout = dict[str, tuple[torch.dtype, tuple[tuple[int, ...], ...]]]
@@ -44,7 +46,7 @@ def make(name: str, codes: Codes, *, blocks: bool = False) -> Format:
         refuses=lambda out, inp: None,
         quantize=lambda weight, per_channel: _quantize(weight, per_channel, codes, blocks),
         dequantize=lambda slots: _dequantize(slots, codes),
-        check=lambda slots: _check(slots, codes),
+        check=functools.partial(_check, codes),
         bits=8 + 32 / SIDE**2 if blocks else 8.0,
     )
 
@@ -105,20 +107,22 @@ def _dequantize(slots: Slots, codes: Codes) -> torch.Tensor:
     return values * spread(slots["scale"].float(), *values.shape)
 
 
-def _check(slots: Slots, codes: Codes) -> None:
-    payload, scale = slots["payload"], slots["scale"]
-    check_codes(payload, codes)
-    check_scale(slots, "scale")
-    if not bool((scale == 0).any()):
+def _check(codes: Codes, slots: Slots, refuse: Refuse = at_once) -> None:
+    payload, zero = slots["payload"], slots["scale"] == 0
+    check_codes(payload, codes, refuse)
+    check_scale(slots, "scale", refuse)
+    if absent(zero.any()):
         return
     used = payload != 0 if codes.dtype is torch.int8 else (payload & 0x7F) != 0  # fp8 has a negative zero
-    check_zero_scale({"scale": spread(scale, *payload.shape)}, "scale", used)
+    check_zero_scale("scale", spread(zero, *payload.shape), used, refuse)
 
 
-def check_codes(payload: torch.Tensor, codes: Codes) -> None:
+def check_codes(payload: torch.Tensor, codes: Codes, refuse: Refuse = at_once) -> None:
     """Refuse codes that are no numbers."""
-    bad = 0 if codes.invalid is None else int(((payload & 0x7F) >= codes.invalid).sum())
-    if bad:
-        raise BadSlot(
-            "payload", f"{bad} of {payload.numel()} codes are NaN or infinite; the file is damaged."
-        )
+    if codes.invalid is None:
+        return
+    count, bad = payload.numel(), ((payload & 0x7F) >= codes.invalid).sum()
+    refuse(
+        bad > 0,
+        lambda: BadSlot("payload", f"{int(bad)} of {count} codes are NaN or infinite; the file is damaged."),
+    )

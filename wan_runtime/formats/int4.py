@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from wan_runtime.doubts import Refuse, at_once
 from wan_runtime.formats import BadSlot, Format, Slots, check_scale, check_zero_scale
 from wan_runtime.formats._e2m1 import pack
 from wan_runtime.formats._scaled import scale_of
@@ -63,11 +64,13 @@ def dequantize(slots: Slots) -> torch.Tensor:
     return weight.reshape(slots["payload"].shape[0], -1)
 
 
-def check(slots: Slots) -> None:
-    check_scale(slots, "scale")
-    check_zero_scale(slots, "scale", _codes(slots).any(-1))
-    if not bool(torch.isfinite(slots["zero"]).all()):
-        raise BadSlot("zero", "the offset is NaN or infinite; the file is damaged.")
+def check(slots: Slots, refuse: Refuse = at_once) -> None:
+    check_scale(slots, "scale", refuse)
+    check_zero_scale("scale", slots["scale"] == 0, _codes(slots).any(-1), refuse)
+    refuse(
+        ~torch.isfinite(slots["zero"]).all(),
+        lambda: BadSlot("zero", "the offset is NaN or infinite; the file is damaged."),
+    )
 
 
 FORMAT = Format(

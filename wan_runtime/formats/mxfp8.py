@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from wan_runtime.doubts import Refuse, at_once
 from wan_runtime.formats import Format, Slots, _mx, _scaled
 
 
@@ -26,9 +27,9 @@ def dequantize(slots: Slots) -> torch.Tensor:
     return _mx.times(slots["payload"].view(torch.float8_e4m3fn).float(), slots["block_scale"])
 
 
-def check(slots: Slots) -> None:
-    _scaled.check_codes(slots["payload"], _scaled.E4M3)
-    _mx.check(slots)
+def check(slots: Slots, refuse: Refuse = at_once) -> None:
+    _scaled.check_codes(slots["payload"], _scaled.E4M3, refuse)
+    _mx.check(slots, refuse)
 
 
 FORMAT = Format(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from wan_runtime.doubts import Refuse, at_once
 from wan_runtime.formats import BadSlot, Format, Slots, check_scale, check_zero_scale
 from wan_runtime.formats._e2m1 import E2M1_MAX, pack, round_to_e2m1, unpack
 from wan_runtime.formats._scaled import scale_of
@@ -61,25 +62,27 @@ def dequantize(slots: Slots) -> torch.Tensor:
     return (values.reshape(out, inp // BLOCK, BLOCK) * scales[..., None]).reshape(out, inp)
 
 
-def check(slots: Slots) -> None:
+def check(slots: Slots, refuse: Refuse = at_once) -> None:
     block_scale = slots["block_scale"]
-    bad = int(((block_scale & 0x7F) == 0x7F).sum())
-    if bad:
-        raise BadSlot(
-            "block_scale", f"{bad} of {block_scale.numel()} block scales are NaN; the file is damaged."
-        )
-    negative = int((block_scale > 0x80).sum())
-    if negative:
-        raise BadSlot(
+    count, bad = block_scale.numel(), ((block_scale & 0x7F) == 0x7F).sum()
+    refuse(
+        bad > 0,
+        lambda: BadSlot("block_scale", f"{int(bad)} of {count} block scales are NaN; the file is damaged."),
+    )
+    negative = (block_scale > 0x80).sum()
+    refuse(
+        negative > 0,
+        lambda: BadSlot(
             "block_scale",
-            f"{negative} of {block_scale.numel()} block scales are negative; no quantiser writes that (are the scales "
-            "laid out differently, or is the file damaged?).",
-        )
-    check_scale(slots, "scale")
+            f"{int(negative)} of {count} block scales are negative; no quantiser writes that (are the scales laid out "
+            "differently, or is the file damaged?).",
+        ),
+    )
+    check_scale(slots, "scale", refuse)
     # -0 is a zero too, so the sign bits do not count.
     used = (slots["payload"] & 0x77).reshape(block_scale.shape[0], block_scale.shape[1], -1).any(-1)
-    check_zero_scale(slots, "scale", used.any().reshape(1, 1))
-    check_zero_scale({"block_scale": block_scale & 0x7F}, "block_scale", used)
+    check_zero_scale("scale", slots["scale"] == 0, used.any().reshape(1, 1), refuse)
+    check_zero_scale("block_scale", (block_scale & 0x7F) == 0, used, refuse)
 
 
 FORMAT = Format(
