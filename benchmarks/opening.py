@@ -29,10 +29,10 @@ RECORD = json.dumps({"format": "nvfp4"}).encode()
 Tensors = dict[str, tuple[str, list[int], bytes]]  # key -> dtype, shape, contents; none are zeros
 
 
-def plain(layers: int) -> Tensors:
-    """All tensors in bf16."""
+def plain(layers: int, **sizes: int) -> Tensors:
+    """All tensors in bf16; 14B's sizes where none are given."""
     with init_empty_weights():
-        model = WanTransformer3DModel(num_layers=layers)
+        model = WanTransformer3DModel(num_layers=layers, **sizes)
     return {key: ("BF16", list(tensor.shape), b"") for key, tensor in model.state_dict().items()}
 
 

@@ -12,6 +12,7 @@ import torch
 from tests.builders import files
 from tests.builders.wan import block_linears
 from tests.reading import CASES, FIRST, content
+from wan_runtime import assembling
 from wan_runtime.checkpoint import Loaded, _assembled, open_checkpoint, stream
 from wan_runtime.doubts import MANY, Doubts, absent, at_once
 from wan_runtime.errors import BadTensor
@@ -99,3 +100,43 @@ def test_what_is_not_asked_yet_keeps_no_weight_alive(
             break
     next(items)  # past the last one's frame
     assert len(held) > 10 and not any(ref() is not None for ref in held)
+
+
+# What asks at once, in its decoding: of global scales, zero points and 6-bit codes.
+ASKS = {
+    ("lightx2v", "nvfp4"),
+    ("compressed_tensors", "nvfp4"),
+    ("torchao", "int8"),
+    ("torchao", "int8_block"),
+    ("torchao", "mxfp6"),
+}
+
+
+@pytest.mark.parametrize(("dialect", "weight_format"), CASES)
+def test_a_layer_is_assembled_without_asking_for_a_value(
+    tmp_path: Path, dialect: str, weight_format: str
+) -> None:
+    """On the meta device, where a value that is asked for is an error, as asking a GPU is a wait."""
+    checkpoint = open_checkpoint(content(dialect, weight_format).write(tmp_path))
+    doubts: list[torch.Tensor] = []
+
+    def keep(fault: torch.Tensor, _: Callable[[], Exception]) -> None:
+        doubts.append(fault)
+
+    def assemble() -> None:
+        for layer in checkpoint.layers.values():
+            given: dict[str, torch.Tensor] = {}
+            for key in dict.fromkeys(source.key for source in layer.sources):
+                read = checkpoint.header.read_tensor(key).to("meta")
+                given |= assembling.decoded(checkpoint.path, layer, key, read, keep)
+            assembling.complete(checkpoint.path, layer, given, keep)
+        for key in checkpoint.plain.values():
+            read = checkpoint.header.read_tensor(key).to("meta")
+            assembling.plain(checkpoint.path, key, read, "plain", keep)
+
+    if (dialect, weight_format) in ASKS:
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            assemble()
+    else:
+        assemble()
+        assert len(doubts) >= 2 * len(checkpoint.plain)

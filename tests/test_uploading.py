@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,34 @@ def test_every_dialect_s_file_is_read_as_the_mapped_one(
     arrived = dict(uploaded(header, header.entries, Memory(), threads=3, span=10_000))
     assert arrived.keys() == mapped.keys()
     assert all(same(arrived[key], mapped[key]) for key in mapped)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_what_is_on_the_way_is_bounded(tmp_path: Path, threads: int) -> None:
+    """A consumer that keeps nothing never sees more tensors made than a few spans and the tensor they end in."""
+    span, size = 10_000, 25_000
+    big(tmp_path / "m.safetensors", count=40, size=size)
+    header = read_header(tmp_path / "m.safetensors")
+    lane = Counting()
+    for _, tensor in uploaded(header, header.entries, lane, threads=threads, span=span):
+        del tensor
+        lane.seen.append(sum(nbytes for ref, nbytes in lane.rooms if ref() is not None))
+    assert len(lane.seen) == 81 and 0 < max(lane.seen) <= 2 * threads * span + 2 * (size + 40)
+    assert len(lane.buffers) * span <= (2 * threads + 1) * span
+
+
+class Counting(Memory):
+    """Knows which tensors of those it made are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rooms: list[tuple[weakref.ref[torch.Tensor], int]] = []
+        self.seen: list[int] = []
+
+    def room(self, nbytes: int) -> torch.Tensor:
+        room = super().room(nbytes)
+        self.rooms.append((weakref.ref(room), nbytes))
+        return room
 
 
 def test_a_set_of_files_is_read_and_each_is_closed_when_it_was(tmp_path: Path) -> None:

@@ -54,7 +54,9 @@ def patch(
     """Replace a WAN model's Linears with quantised ones and keep its norms, biases and modulation fp32, in place.
 
     Args:
-        model: a WAN transformer (not the pipeline), on any device; on meta when a checkpoint is given.
+        model: a WAN transformer (not the pipeline), on any device; on meta when a checkpoint is given. One on meta goes
+            to torch's default device: the CPU, where weights stay in the mapped file until they are moved, and under
+            `with torch.device("cuda"):` straight to the GPU.
         checkpoint: a quantised or plain checkpoint to load into the model: a .safetensors file, or the folder or index
             of one in several files; None quantises what the model holds.
         weights: "auto" (what the file holds; fp8 without a file), "fp8", "nvfp4", "mxfp8", "int8", ..., or "keep".
@@ -91,7 +93,18 @@ def patch(
         return dataclasses.replace(before.report, already=True)
     host = host_of(model)
     opened = None if checkpoint is None else open_checkpoint(checkpoint, dialect=dialect, reference=reference)
-    return _patch(model, host, opened, options, _compute_dtype(model))
+    held_on = _device_of(model)
+    if held_on.type != "meta" or opened is None:
+        return _patch(model, host, opened, options, _compute_dtype(model), held_on)
+    target = torch.get_default_device()
+    if (
+        target.type == "meta"
+    ):  # as in the block that made the model; nothing that is computed here may lie there
+        with torch.device("cpu"):
+            return _patch(model, host, opened, options, _compute_dtype(model), torch.device("cpu"))
+    report = _patch(model, host, opened, options, _compute_dtype(model), target)
+    _move_buffers(model, target)
+    return report
 
 
 def load(
@@ -122,7 +135,7 @@ def load(
     model = builder.build(opened.variant)
     for parameter in model.parameters():  # the host's own .to(dtype) would warn about its fp32 modules
         parameter.data = parameter.data.to(dtype)
-    _patch(model, builder, opened, options, dtype, device=target)
+    _patch(model, builder, opened, options, dtype, target)
     return model.to(target)
 
 
@@ -164,10 +177,9 @@ def _patch(
     checkpoint: Checkpoint | None,
     options: Options,
     dtype: torch.dtype,
-    device: torch.device | None = None,
+    held_on: torch.device,
 ) -> Report:
-    """Decide, refuse what cannot be, read, and only then change the model."""
-    held_on = device or _device_of(model)
+    """Decide, refuse what cannot be, read onto a device, and only then change the model."""
     runs_on = _planning_device(held_on)
     if checkpoint is None and held_on.type == "meta":
         raise InvalidOption(
@@ -189,8 +201,7 @@ def _patch(
         refuse_damaged(model, decisions)
     else:
         check_fit(model, spelling, checkpoint)
-        target = torch.device("cpu") if held_on.type == "meta" else held_on
-        staged = stage(watched(stream(checkpoint, target), checkpoint), decisions, spelling, dtype)
+        staged = stage(watched(stream(checkpoint, held_on), checkpoint), decisions, spelling, dtype)
     parameters = execute(model, decisions, staged, dtype, runs_on.type, static=static)
     verify_residents(model, decisions)
     fused, said = _accelerate(model, host, attention, ends, options.fuse, runs_on, dtype)
@@ -224,6 +235,14 @@ def _provenance(checkpoint: Checkpoint | None) -> dict[str, Any]:
 
 def _device_of(model: nn.Module) -> torch.device:
     return next(iter(model.parameters())).device
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """The host's own buffers (RoPE tables) to where its weights are; they are made by code and in no file."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
 
 
 def _planning_device(held_on: torch.device) -> torch.device:

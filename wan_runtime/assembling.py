@@ -44,11 +44,15 @@ def _largest(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack(torch.aminmax(tensor)).abs().max().double()
 
 
-def decoded(path: Path, layer: Layer, key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+def decoded(
+    path: Path, layer: Layer, key: str, tensor: torch.Tensor, refuse: Refuse
+) -> dict[str, torch.Tensor]:
     """The slots that one key of a layer gives (a plain fp8 weight gives its scale of 1 too)."""
     slots = {}
     for source in layer.sources:
         if source.key == key:
+            if source.check is not None:
+                source.check(tensor, _named(refuse, path, lambda error: key))
             try:
                 slots[source.slot] = source.decode(tensor, *layer.shape).to(tensor.device)
             except ValueError as error:

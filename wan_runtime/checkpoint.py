@@ -200,7 +200,7 @@ def read_layer(checkpoint: Checkpoint, path: str) -> dict[str, torch.Tensor]:
     header, layer = checkpoint.header, checkpoint.layers[path]
     given: dict[str, torch.Tensor] = {}
     for key in dict.fromkeys(source.key for source in layer.sources):
-        given |= assembling.decoded(header.path, layer, key, header.read_tensor(key))
+        given |= assembling.decoded(header.path, layer, key, header.read_tensor(key), at_once)
     return assembling.complete(header.path, layer, given, at_once)
 
 
@@ -255,7 +255,7 @@ def _given(
 ) -> dict[str, torch.Tensor]:
     """What a key gives to its layer, by slot, or to its plain tensor, by key."""
     if path in checkpoint.layers:
-        return assembling.decoded(checkpoint.path, checkpoint.layers[path], key, tensor)
+        return assembling.decoded(checkpoint.path, checkpoint.layers[path], key, tensor, refuse)
     return {key: assembling.plain(checkpoint.path, key, tensor, _bounded_by(checkpoint), refuse)}
 
 

@@ -16,6 +16,7 @@ import torch
 
 from wan_runtime.catalogue import Catalogue
 from wan_runtime.dialects import _refused
+from wan_runtime.doubts import Refuse
 from wan_runtime.errors import AmbiguousDialect, CheckpointError, UnknownDialect
 from wan_runtime.header import Header
 
@@ -27,11 +28,13 @@ class Source:
     """One slot of a quantised layer: the key it is read from and how its tensor becomes the canonical slot.
 
     decode: (tensor as in the file, out_features, in_features) -> the slot's tensor; raises ValueError with the problem.
+    check: refuses with ValueError values of the tensor as in the file that no writer of it means.
     """
 
     key: str
     slot: str
     decode: Callable[[torch.Tensor, int, int], torch.Tensor]
+    check: Callable[[torch.Tensor, Refuse], None] | None = None
 
 
 def _as_read(slots: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:

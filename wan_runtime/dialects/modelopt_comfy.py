@@ -105,7 +105,7 @@ def _unswizzle(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
 
 def trimmed(scales: torch.Tensor, cols: int) -> torch.Tensor:
     """The first columns of block scales; raises ValueError when the rest is not padding."""
-    if bool(scales[:, cols:].any()):
+    if scales.shape[1] > cols and bool(scales[:, cols:].any()):
         raise ValueError(
             f"its block scales have {scales.shape[1]} columns for {cols} blocks, and the others are not zero."
         )

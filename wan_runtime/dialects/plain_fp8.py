@@ -25,12 +25,6 @@ def detect(header: Header) -> Evidence | None:
     return Evidence(True, "there are fp8 weights and no scale in the whole file")
 
 
-def _cast_codes(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
-    """The codes, unless they fill fp8's range as only scaled ones do: then the scales were lost on the way."""
-    check_cast(tensor)
-    return _keys.code_slot(tensor, out, inp)
-
-
 def _ones(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
     """A plain cast has no scale tensor: its scale is exactly 1, and is read off the weight's own key."""
     return torch.ones(1, 1)
@@ -40,7 +34,8 @@ def read(header: Header) -> Reading:
     layers = {}
     for key, entry in header.entries.items():
         if entry.dtype in _keys.FP8 and _keys.is_linear_weight(key, entry):
-            sources = (Source(key, "payload", _cast_codes), Source(key, "scale", _ones))
+            # Codes that fill fp8's range were scaled, and the scales were lost on the way.
+            sources = (Source(key, "payload", _keys.code_slot, check_cast), Source(key, "scale", _ones))
             path = _keys.module(key)
             layers[path] = Layer(path, _keys.FP8[entry.dtype], (entry.shape[0], entry.shape[1]), sources)
     return _keys.reading(header, layers, fp8_rank=ANY_RANK)
