@@ -13,15 +13,23 @@ from tests.builders import files
 from tests.builders.wan import block_linears
 from tests.reading import CASES, FIRST, content
 from wan_runtime import assembling
+from wan_runtime import doubts as module
 from wan_runtime.checkpoint import Loaded, _assembled, open_checkpoint, stream
 from wan_runtime.doubts import MANY, Doubts, absent, at_once
 from wan_runtime.errors import BadTensor
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 YES, NO = torch.tensor(True), torch.tensor([[False]])
 
 
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU as on a GPU."""
+    monkeypatch.setattr(module, "MANY_ON_CPU", MANY)
+
+
 def test_the_first_fault_is_told_and_those_before_it_make_no_error() -> None:
-    doubts = Doubts()
+    doubts = Doubts(GPU)
     made: list[str] = []
 
     def error(name: str) -> Exception:
@@ -42,12 +50,19 @@ def test_the_first_fault_is_told_and_those_before_it_make_no_error() -> None:
 
 
 def test_many_faults_are_settled_before_they_are_too_many() -> None:
-    doubts = Doubts()
+    doubts = Doubts(GPU)
     doubts(YES, lambda: ValueError("early"))
     for _ in range(MANY - 2):
         doubts(NO, lambda: ValueError("never"))
     with pytest.raises(ValueError, match="early"):
         doubts(NO, lambda: ValueError("never"))
+
+
+def test_on_the_cpu_a_fault_is_told_at_once() -> None:
+    doubts = Doubts(CPU)
+    doubts(NO, lambda: ValueError("never"))
+    with pytest.raises(ValueError, match="now"):
+        doubts(YES, lambda: ValueError("now"))
 
 
 DAMAGE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -65,25 +80,25 @@ DAMAGE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     [("comfy_scaled_fp8", "fp8"), ("comfy", "nvfp4"), ("lightx2v", "int8_block")],
 )
 def test_of_two_damages_the_one_that_asking_at_once_finds_is_told(
-    tmp_path: Path, dialect: str, weight_format: str, first: str, second: str
+    tmp_path: Path, late: None, dialect: str, weight_format: str, first: str, second: str
 ) -> None:
     """In the same words; a wrong shape is always refused at once, and must not overtake values damaged before it."""
     wanted = content(dialect, weight_format)
     leaf = files.float_scale_leaf(dialect, weight_format)
-    for module, damage in ((FIRST, first), (block_linears()[-1], second)):
-        wanted.tensors[f"{module}.{leaf}"] = DAMAGE[damage](wanted.tensors[f"{module}.{leaf}"])
+    for layer, damage in ((FIRST, first), (block_linears()[-1], second)):
+        wanted.tensors[f"{layer}.{leaf}"] = DAMAGE[damage](wanted.tensors[f"{layer}.{leaf}"])
     wanted.tensors["blocks.1.norm3.weight"] = torch.full((128,), float("nan"))
     checkpoint = open_checkpoint(wanted.write(tmp_path))
     with pytest.raises(BadTensor) as asked:
-        list(_assembled(checkpoint, torch.device("cpu"), at_once))
+        list(_assembled(checkpoint, CPU, at_once))
     with pytest.raises(BadTensor) as told:
-        list(stream(checkpoint, torch.device("cpu")))
+        list(stream(checkpoint, CPU))
     assert str(told.value) == str(asked.value) and told.value.key == asked.value.key
 
 
 @pytest.mark.parametrize(("dialect", "weight_format"), CASES)
 def test_what_is_not_asked_yet_keeps_no_weight_alive(
-    tmp_path: Path, dialect: str, weight_format: str
+    tmp_path: Path, late: None, dialect: str, weight_format: str
 ) -> None:
     """A caller that requantises a layer lets go of what it was made of; a check that waits must not hold it."""
     checkpoint = open_checkpoint(content(dialect, weight_format).write(tmp_path))
@@ -92,7 +107,7 @@ def test_what_is_not_asked_yet_keeps_no_weight_alive(
     def let_go(item: Loaded) -> None:
         held.extend(weakref.ref(slot) for slot in item.slots.values() if slot.numel() > 4096)
 
-    items = stream(checkpoint, torch.device("cpu"))
+    items = stream(checkpoint, CPU)
     for item in items:
         let_go(item)
         del item

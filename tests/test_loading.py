@@ -75,3 +75,32 @@ def test_a_model_on_meta_gets_the_mapped_file_s_own_pages_on_the_cpu(
     payloads = [layer.get_parameter("payload") for _, layer in quantised_layers(model)]
     assert len(payloads) == 20
     assert all(any(payload.data_ptr() in run for run in mapped) for payload in payloads)
+
+
+PATCH = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "benchmarks")
+import torch
+from loading import memory
+from random_file import make, sizes_for
+path = Path(sys.argv[1]) / "large.safetensors"
+make(path, sizes_for(2.5))
+print(memory(path, torch.device("cpu"), sizes_for(2.5))["host_anonymous_gib"], path.stat().st_size / 2**30)
+"""
+
+
+@pytest.mark.long
+def test_a_patch_in_14b_s_widths_takes_its_fp32_residents_and_little_more(tmp_path: Path) -> None:
+    """0.87 GiB of fp32 residents, and no heap that grows with the file; the first patch of its process."""
+    run = subprocess.run(
+        [sys.executable, "-c", PATCH, str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    peak, size = map(float, run.stdout.split())
+    assert size > 2.3 and peak < 1.8

@@ -228,7 +228,7 @@ def stream(checkpoint: Checkpoint, device: torch.device) -> Iterator[Loaded]:
     if not checkpoint.insisted:
         modules = {layer.module: layer for layer in checkpoint.layers.values()}
         hold(checkpoint.header, checkpoint.dialect.name, checkpoint.evidence, modules)
-    doubts = Doubts()
+    doubts = Doubts(device)
     try:
         yield from _assembled(checkpoint, device, doubts)
     except CheckpointError:

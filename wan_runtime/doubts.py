@@ -15,6 +15,9 @@ import torch
 # hold on to no large tensor: it may be kept for long.
 Refuse: TypeAlias = Callable[["torch.Tensor", Callable[[], Exception]], None]
 MANY = 1024  # doubts that are settled together
+# On the CPU an answer costs nothing, and numbers kept between large blocks that come and go break up the heap: a stream
+# of a file of 2.4 GiB left it 2.1 GiB large.
+MANY_ON_CPU = 1
 
 
 def at_once(fault: torch.Tensor, error: Callable[[], Exception]) -> None:
@@ -29,15 +32,16 @@ def absent(fault: torch.Tensor) -> bool:
 
 
 class Doubts:
-    """Faults that nobody has asked after yet, in order; those of one device."""
+    """Faults on a device that nobody has asked after yet, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._many = MANY_ON_CPU if device.type == "cpu" else MANY
         self._kept: list[tuple[torch.Tensor, Callable[[], Exception]]] = []
 
     def __call__(self, fault: torch.Tensor, error: Callable[[], Exception]) -> None:
         """Keep a fault for later, and settle all where there are many."""
         self._kept.append((fault.reshape(()), error))
-        if len(self._kept) >= MANY:
+        if len(self._kept) >= self._many:
             self.settle()
 
     def settle(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from wan_runtime.doubts import Refuse, absent, at_once
-from wan_runtime.formats import BadSlot, Format, Slots, check_scale, check_zero_scale
+from wan_runtime.formats import BadSlot, Format, Slots, check_scale, check_zero_scale, strips
 
 Layout = dict[str, tuple[torch.dtype, tuple[tuple[int, ...], ...]]]
 SIDE = 128  # of the blocks that quantising takes
@@ -121,7 +121,8 @@ def check_codes(payload: torch.Tensor, codes: Codes, refuse: Refuse = at_once) -
     """Refuse codes that are no numbers."""
     if codes.invalid is None:
         return
-    count, bad = payload.numel(), ((payload & 0x7F) >= codes.invalid).sum()
+    count = payload.numel()
+    bad = torch.stack([((strip & 0x7F) >= codes.invalid).sum() for strip in strips(payload)]).sum()
     refuse(
         bad > 0,
         lambda: BadSlot("payload", f"{int(bad)} of {count} codes are NaN or infinite; the file is damaged."),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from wan_runtime.doubts import Refuse, at_once
-from wan_runtime.formats import BadSlot, Format, Slots, check_scale, check_zero_scale
+from wan_runtime.formats import BadSlot, Format, Slots, check_scale, check_zero_scale, strips
 from wan_runtime.formats._e2m1 import E2M1_MAX, pack, round_to_e2m1, unpack
 from wan_runtime.formats._scaled import scale_of
 
@@ -80,7 +80,9 @@ def check(slots: Slots, refuse: Refuse = at_once) -> None:
     )
     check_scale(slots, "scale", refuse)
     # -0 is a zero too, so the sign bits do not count.
-    used = (slots["payload"] & 0x77).reshape(block_scale.shape[0], block_scale.shape[1], -1).any(-1)
+    blocks = block_scale.shape[1]
+    parts = [(strip & 0x77).reshape(strip.shape[0], blocks, -1).any(-1) for strip in strips(slots["payload"])]
+    used = torch.cat(parts)
     check_zero_scale("scale", slots["scale"] == 0, used.any().reshape(1, 1), refuse)
     check_zero_scale("block_scale", (block_scale & 0x7F) == 0, used, refuse)
 
