@@ -80,7 +80,7 @@ STRIP = 2**20  # elements
 def strips(payload: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """A payload in runs of rows whose checks take little memory; on a GPU, where each would be a launch, in one.
 
-    On the CPU, blocks as large as a weight that come and go break up the heap: a patch with a file of 2.4 GiB took that.
+    On the CPU, blocks as large as a weight that come and go split the heap: a patch with a file of 2.4 GiB took that.
     """
     if payload.device.type != "cpu" or not payload.numel():
         return (payload,)
