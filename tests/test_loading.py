@@ -20,6 +20,20 @@ from tests.test_api import transformer_on_meta
 from wan_runtime.linear import quantised_layers
 
 
+def alone(*arguments: str) -> str:
+    """What a Python of its own prints."""
+    run = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
 def test_the_benchmark_measures_and_a_load_takes_no_memory_for_the_weights(tmp_path: Path) -> None:
     """On the CPU, in a process of its own: less than half the file is the host's own memory at the peak (its fp32
     residents are a sixth), though every weight was checked."""
@@ -34,17 +48,9 @@ def test_the_benchmark_measures_and_a_load_takes_no_memory_for_the_weights(tmp_p
         "--json",
         str(figures),
     ]
-    run = subprocess.run(
-        [sys.executable, *script],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    printed = alone(*script)
     found = json.loads(figures.read_text())
-    assert json.loads(run.stdout.splitlines()[-1]) == found
+    assert json.loads(printed.splitlines()[-1]) == found
     assert list(tmp_path.iterdir()) == [figures], "the benchmark left files behind"
     assert 0.05 < found["file_gb"] < 0.2
     seen = {(row["what"], row["cache"]) for row in found["rows"]}
@@ -53,7 +59,7 @@ def test_the_benchmark_measures_and_a_load_takes_no_memory_for_the_weights(tmp_p
     for row in found["rows"]:
         ceiling = found["ceiling_gb_s"][row["cache"]]
         assert row["of_ceiling"] == pytest.approx(found["file_gb"] / row["s"] / ceiling)
-        assert f"| {row['what']} | {row['cache']} | {row['s']:.2f} |" in run.stdout
+        assert f"| {row['what']} | {row['cache']} | {row['s']:.2f} |" in printed
     assert max(row["of_ceiling"] for row in found["rows"] if row["what"].startswith("read")) == 1
     assert found["memory"]["host_anonymous_gib"] < 0.5 * found["file_gb"] * 1e9 / 2**30
 
@@ -93,14 +99,6 @@ print(memory(path, torch.device("cpu"), sizes_for(2.5))["host_anonymous_gib"], p
 @pytest.mark.long
 def test_a_patch_in_14b_s_widths_takes_its_fp32_residents_and_little_more(tmp_path: Path) -> None:
     """0.87 GiB of fp32 residents, and no heap that grows with the file; the first patch of its process."""
-    run = subprocess.run(
-        [sys.executable, "-c", PATCH, str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    peak, size = map(float, run.stdout.split())
+    printed = alone("-c", PATCH, str(tmp_path))
+    peak, size = map(float, printed.split())
     assert size > 2.3 and peak < 1.8

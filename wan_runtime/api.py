@@ -27,6 +27,7 @@ from wan_runtime.swap import (
     Patched,
     bytes_of,
     execute,
+    move_buffers,
     patched_state,
     remember,
     stage,
@@ -103,7 +104,7 @@ def patch(
         with torch.device("cpu"):
             return _patch(model, host, opened, options, _compute_dtype(model), torch.device("cpu"))
     report = _patch(model, host, opened, options, _compute_dtype(model), target)
-    _move_buffers(model, target)
+    move_buffers(model, target)
     return report
 
 
@@ -235,14 +236,6 @@ def _provenance(checkpoint: Checkpoint | None) -> dict[str, Any]:
 
 def _device_of(model: nn.Module) -> torch.device:
     return next(iter(model.parameters())).device
-
-
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    """The host's own buffers (RoPE tables) to where its weights are; they are made by code and in no file."""
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)
 
 
 def _planning_device(held_on: torch.device) -> torch.device:

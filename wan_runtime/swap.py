@@ -176,6 +176,14 @@ def set_parameter(module: nn.Module, leaf: str, value: torch.Tensor) -> None:
     module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """The host's own buffers (RoPE tables) to where its weights are; they are made by code and in no file."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
 def undo(model: nn.Module) -> None:
     """Put the module tree back: Linears with dequantised weights, every tensor in the dtype it had."""
     patched = patched_state(model)

@@ -51,7 +51,7 @@ def uploaded(
     header: Header, keys: Iterable[str], lane: Lane, *, threads: int = THREADS, span: int = SPAN
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """As `tensors_on`, by way of a lane."""
-    ring = Ring(lane, threads * BUFFERS // THREADS + 1, span)
+    ring = Ring(lane, max(2, threads * BUFFERS // THREADS), span)
     rooms: dict[str, torch.Tensor] = {}  # of tensors that are on the way
     with contextlib.ExitStack() as stack:
         stack.callback(lane.drain)  # a consumer that stops early must not free what is still being written
