@@ -45,8 +45,7 @@ class GpuLane:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def room(self, nbytes: int) -> torch.Tensor:
-        with torch.inference_mode(False):  # other threads write to it, and are not in the caller's mode
-            room = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        room = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         # The memory may be what the caller's stream has just let go of and still reads.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         return room

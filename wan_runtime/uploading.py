@@ -60,7 +60,10 @@ def uploaded(
         def job(found: Span) -> _Job:
             for part in found.parts:
                 if part.key not in rooms:
-                    rooms[part.key] = lane.room(header.entries[part.key].nbytes)
+                    with torch.inference_mode(
+                        False
+                    ):  # other threads write to it, and are not in the caller's mode
+                        rooms[part.key] = lane.room(header.entries[part.key].nbytes)
             return _Job(found, files.opened(found.file), tuple(rooms[part.key] for part in found.parts))
 
         def work(job: _Job) -> tuple[Span, Fence]:
