@@ -19,6 +19,7 @@ from wan_runtime.errors import (
     HostNotRecognised,
     InvalidOption,
 )
+from wan_runtime.linear import QuantLinear
 
 SPELLING = {"comfy_scaled_fp8": "fp8", "comfy": "nvfp4", "modelopt": "nvfp4"}
 
@@ -82,6 +83,12 @@ def test_load_computes_in_bf16_unless_told(tmp_path: Path) -> None:
 def test_load_onto_meta_free_model_leaves_nothing_on_meta(plain: Path) -> None:
     model = wan_runtime.load(plain, device="cpu")
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+def test_load_onto_meta_checks_the_file_and_keeps_no_values(plain: Path) -> None:
+    model = wan_runtime.load(plain, device="meta", weights="fp8")
+    assert all(p.is_meta for p in model.parameters())
+    assert any(isinstance(module, QuantLinear) for module in model.modules())
 
 
 def test_patching_a_model_on_meta(plain: Path) -> None:

@@ -136,7 +136,8 @@ def load(
     model = builder.build(opened.variant)
     for parameter in model.parameters():  # the host's own .to(dtype) would warn about its fp32 modules
         parameter.data = parameter.data.to(dtype)
-    _patch(model, builder, opened, options, dtype, target)
+    # A plan needs no values, and checking a file does: for a model on meta it is read on the CPU.
+    _patch(model, builder, opened, options, dtype, torch.device("cpu") if target.type == "meta" else target)
     return model.to(target)
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from wan_runtime.kernels._rows import E4M3_MAX, LEAST, Launch, Rows, empty_rows, load_row, store_row, written
 
-LAUNCH = Launch(rows=4)
+LAUNCH = Launch(rows=8)
 
 
 def attention_output_torch(

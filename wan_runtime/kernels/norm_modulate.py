@@ -28,7 +28,7 @@ from wan_runtime.kernels._rows import (
     written,
 )
 
-LAUNCH = Launch(rows=32, warps=8, stages=4, registers=80)
+LAUNCH = Launch(rows=32, warps=8, registers=80)
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from wan_runtime.kernels._rows import (
 )
 from wan_runtime.kernels.norm_modulate import Modulation
 
-LAUNCH = Launch()
-PLAIN_LAUNCH = Launch(warps=8)  # without a norm there is little to do but wait for memory
+LAUNCH = Launch(rows=32, stages=4)
+PLAIN_LAUNCH = Launch(rows=4)  # without a norm there is little to do but wait for memory
 
 
 def residual_norm_torch(
