@@ -10,17 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from wan_runtime.asking import ClipProfile, ClipRequest, check_given, check_request, frames_for
 from wan_runtime.errors import InvalidRequest, WanRuntimeError
-from wan_runtime.generating import (
-    ClipProfile,
-    ClipRequest,
-    Pipeline,
-    check_given,
-    check_request,
-    clip_profile,
-    frames_for,
-    generate,
-)
+from wan_runtime.generating import Pipeline, clip_profile, generate
 from wan_runtime.pipelines import load_pipeline
 
 PROMPT = "a large red circle moving right on a black background"

@@ -87,8 +87,8 @@ def test_a_base_that_is_none_is_named(tmp_path: Path) -> None:
 
 
 def test_a_base_of_another_kind_is_refused(tmp_path: Path) -> None:
-    base = base_with(tmp_path / "base", "model_index.json", _class_name="WanImageToVideoPipeline")
-    with pytest.raises(InvalidOption, match="WanImageToVideoPipeline"):
+    base = base_with(tmp_path / "base", "model_index.json", _class_name="WanVACEPipeline")
+    with pytest.raises(InvalidOption, match="WanVACEPipeline"):
         load_pipeline(base=base, device="cpu")
 
 

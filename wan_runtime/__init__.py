@@ -10,13 +10,15 @@ from wan_runtime.version import VERSION
 if TYPE_CHECKING:
     from wan_runtime.api import inspect, load, patch, unpatch
     from wan_runtime.aside import written_aside
+    from wan_runtime.asking import ClipProfile, ClipRequest, frames_for
     from wan_runtime.calibrating import calibrate
     from wan_runtime.catalogue import Catalogue
     from wan_runtime.comparing import compare
     from wan_runtime.converting import convert
     from wan_runtime.errors import InvalidRequest, WanRuntimeError
-    from wan_runtime.generating import ClipProfile, ClipRequest, clip_profile, frames_for, generate
+    from wan_runtime.generating import clip_profile, generate
     from wan_runtime.pipelines import load_pipeline
+    from wan_runtime.starting import StartImage, open_image
     from wan_runtime.video import write_video
 
 # Looked up on first use, so that importing one layer loads no higher one, and the package costs nothing until used.
@@ -31,12 +33,14 @@ _HOME = {
     "Catalogue": "catalogue",
     "InvalidRequest": "errors",
     "WanRuntimeError": "errors",
-    "ClipProfile": "generating",
-    "ClipRequest": "generating",
+    "ClipProfile": "asking",
+    "ClipRequest": "asking",
     "clip_profile": "generating",
-    "frames_for": "generating",
+    "frames_for": "asking",
     "generate": "generating",
     "load_pipeline": "pipelines",
+    "StartImage": "starting",
+    "open_image": "starting",
     "write_video": "video",
     "written_aside": "aside",
 }
@@ -47,6 +51,7 @@ __all__ = [
     "ClipProfile",
     "ClipRequest",
     "InvalidRequest",
+    "StartImage",
     "WanRuntimeError",
     "calibrate",
     "clip_profile",
@@ -57,6 +62,7 @@ __all__ = [
     "inspect",
     "load",
     "load_pipeline",
+    "open_image",
     "patch",
     "unpatch",
     "write_video",

@@ -158,6 +158,7 @@ def generate(
         Path | None, typer.Option(help="Another text encoder: a file or a diffusers folder.")
     ] = None,
     vae: Annotated[Path | None, typer.Option(help="Another VAE: a file or diffusers folder.")] = None,
+    image: Annotated[Path | None, typer.Option(help="PNG, JPEG or WebP that the clip starts from.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the clip is not to show.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, such as 832x480.")] = None,
     frames: Annotated[int | None, typer.Option(help="How many frames, 4n+1.")] = None,
@@ -185,7 +186,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Make one clip and write it as an MP4."""
-    from wan_runtime.generating import check_given
+    from wan_runtime.asking import check_given
 
     patch_options = {
         "dialect": dialect, "reference": reference, "weights": weights, "compute": compute, "backend": backend,
@@ -203,7 +204,7 @@ def generate(
     }  # fmt: skip
     _check_output(output)
     check_given(prompt, **request)
-    _generate(prompt, output, checkpoint, parts, request, as_json)
+    _generate(prompt, output, checkpoint, parts, request, image, as_json)
 
 
 def _generate(
@@ -212,19 +213,21 @@ def _generate(
     checkpoint: Path | None,
     parts: dict[str, Any],
     request: dict[str, Any],
+    image: Path | None,
     as_json: bool,
 ) -> None:
     import wan_runtime
 
+    start = _start_image(image)
     if checkpoint is None:
         typer.echo(
             "No --checkpoint was given: using the bundled tiny model, which draws moving shapes.", err=True
         )
     pipe = wan_runtime.load_pipeline(checkpoint, **parts)
-    asked = wan_runtime.clip_profile(pipe).request(prompt, **request)
+    asked = wan_runtime.clip_profile(pipe).request(prompt, image=start and start.sha256, **request)
     began = time.monotonic()
     with step_bar(asked.num_inference_steps) as on_step:
-        clip = wan_runtime.generate(pipe, asked, on_step)
+        clip = wan_runtime.generate(pipe, asked, on_step, image=start)
     seconds = time.monotonic() - began
     wan_runtime.write_video(clip.frames, output, asked.fps, {"comment": f"{prompt} (seed {clip.seed})"})
     count, height, width, _ = clip.frames.shape
@@ -280,6 +283,16 @@ def _dtype(name: str | None) -> Any:
     if name not in known:
         raise InvalidOption(f"--dtype {name!r} is not known; choose from bfloat16, float16, float32.")
     return known[name]
+
+
+def _start_image(path: Path | None) -> Any:
+    """Read before the model is loaded, as it may be none."""
+    import wan_runtime
+
+    try:
+        return path and wan_runtime.open_image(path)
+    except OSError as error:
+        raise InvalidOption(f"--image {path} cannot be read: {error.strerror}.") from None
 
 
 def _check_output(output: Path) -> None:

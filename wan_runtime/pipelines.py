@@ -1,8 +1,9 @@
-"""Builds diffusers' `WanPipeline` around a checkpoint: its transformer(s) by `wan_runtime.load`, the rest from a base.
+"""Builds diffusers' `WanPipeline` or `WanImageToVideoPipeline` around a checkpoint: its transformer(s) by
+`wan_runtime.load`, the rest from a base.
 
-A quantised checkpoint is one file with the transformer alone. The text encoder, VAE, tokenizer and scheduler come from
-a base: a diffusers directory or hub id. The parts are put together by hand, each in the dtype that it needs (the VAE
-always in fp32), and checked against each other before anything is generated.
+A quantised checkpoint is one file with the transformer alone. The text encoder, VAE, tokenizer and scheduler (and of
+Wan2.1 I2V the image encoder) come from a base: a diffusers directory or hub id. The parts are put together by hand,
+each in the dtype that it needs (the VAE always in fp32), and checked against each other before anything is generated.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-A14B_BOUNDARY = 0.875  # where Wan2.2 T2V-A14B hands over to its low-noise expert, as published
+TEXT, IMAGE = "WanPipeline", "WanImageToVideoPipeline"  # diffusers' classes: what a clip starts from
+A14B_BOUNDARY = {
+    TEXT: 0.875,
+    IMAGE: 0.9,
+}  # where Wan2.2 A14B hands over to its low-noise expert, as published
+MASK_CHANNELS = 4  # that an image-to-video transformer takes in beside the latents and the image's
 
 
 def tiny_base() -> Path:
@@ -47,7 +53,7 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     **patch_options: Any,
 ) -> Pipeline:
-    """A text-to-video pipeline around `checkpoint`, ready to generate.
+    """A text-to-video or image-to-video pipeline around `checkpoint`, ready to generate.
 
     checkpoint      the transformer's file, of any dialect; None is the bundled tiny model
     checkpoint_low  the low-noise expert of a two-expert model (Wan2.2 A14B); `checkpoint` is then the high-noise one
@@ -74,19 +80,41 @@ def load_pipeline(
     check_given(checkpoint, checkpoint_low, text_encoder, vae, naming)
     base = str(base or _base_of(checkpoint, patch_options))
     index = _pipeline_config(base)
-    boundary = _boundary(index, base, checkpoint_low is not None)
+    _check_experts(index, base, checkpoint_low is not None)
     options = {"device": device, "dtype": dtype, **patch_options}
-    pipe = _assemble(base, index, text_encoder, vae, device, dtype, {
+    transformers = {
         "transformer": load(checkpoint, **options),
         "transformer_2": load(checkpoint_low, **options) if checkpoint_low else None,
-        "boundary_ratio": boundary,
+    }
+    kind = _kind_of(transformers["transformer"])
+    pipe = _assemble(kind, base, index, text_encoder, vae, device, dtype, {
+        **transformers,
+        "boundary_ratio": _boundary(index, base, kind, checkpoint_low is not None),
         "expand_timesteps": bool(index.get("expand_timesteps", False)),
     })  # fmt: skip
     _check_fit(pipe, base)
     return pipe
 
 
+def _kind_of(transformer: Any) -> str:
+    """The pipeline that a transformer is of. Raises InvalidOption where no pipeline of ours draws with it."""
+    names = {cls.__name__ for cls in type(transformer).__mro__}
+    config = transformer.config
+    if "WanTransformer3DModel" not in names:
+        raise InvalidOption(
+            f"The checkpoint is a {type(transformer).__name__}, which loads and is patched, and no clips are made with "
+            "it here: only with text-to-video and image-to-video models."
+        )
+    if getattr(config, "pos_embed_seq_len", None) is not None:
+        raise InvalidOption(
+            "The checkpoint is of a first-and-last-frame model (FLF2V), which needs two images; only models that start "
+            "from one are served."
+        )
+    return IMAGE if config.in_channels > config.out_channels else TEXT
+
+
 def _assemble(
+    kind: str,
     base: str,
     index: dict[str, Any],
     text_encoder: Path | str | None,
@@ -98,7 +126,9 @@ def _assemble(
     import diffusers
 
     encoder, tokenizer = _text(base, text_encoder, device, dtype)
-    pipe: Pipeline = diffusers.WanPipeline(
+    if parts["transformer"].config.image_dim is not None:
+        parts = {**parts, **_image_encoder(base, device)}
+    pipe: Pipeline = getattr(diffusers, kind)(
         tokenizer=tokenizer,
         text_encoder=encoder,
         vae=_vae(base, vae, device),
@@ -107,6 +137,18 @@ def _assemble(
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _image_encoder(base: str, device: torch.device) -> dict[str, Any]:
+    """CLIP and what prepares its input, of Wan2.1's I2V alone; in fp32, as it was published to be used."""
+    import torch
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    encoder = _part(CLIPVisionModel, base, "image_encoder", dtype=torch.float32, use_safetensors=True)
+    return {
+        "image_encoder": encoder.to(device).eval(),
+        "image_processor": _part(CLIPImageProcessor, base, "image_processor"),
+    }
 
 
 def _part(cls: Any, base: str, folder: str, given: Path | str | None = None, **options: Any) -> Any:
@@ -173,21 +215,29 @@ def _pipeline_config(base: str) -> dict[str, Any]:
             f"--base {base} is not a diffusers directory (with a model_index.json) nor a hub id that can be reached: "
             f"{error}"
         ) from error
-    if index.get("_class_name") != "WanPipeline":
+    if index.get("_class_name") not in (TEXT, IMAGE):
         raise InvalidOption(
-            f"--base {base} is a {index.get('_class_name')}; this serves text-to-video, a WanPipeline."
+            f"--base {base} is a {index.get('_class_name')}; this makes clips with a {TEXT} or a {IMAGE}."
         )
     return index
 
 
-def _boundary(index: dict[str, Any], base: str, two_experts: bool) -> float | None:
+def _check_experts(index: dict[str, Any], base: str, two_experts: bool) -> None:
+    if index.get("boundary_ratio") is not None and not two_experts:
+        raise InvalidOption(
+            f"--base {base} is of a model with two experts (boundary_ratio {index['boundary_ratio']}), and one "
+            "checkpoint was given. Give the high-noise file as --checkpoint and the low-noise file as --checkpoint-low."
+        )
+
+
+def _boundary(index: dict[str, Any], base: str, kind: str, two_experts: bool) -> float | None:
     boundary = index.get("boundary_ratio")
     if boundary is None:
-        return A14B_BOUNDARY if two_experts else None
-    if not two_experts:
+        return A14B_BOUNDARY[kind] if two_experts else None
+    if index["_class_name"] != kind:
         raise InvalidOption(
-            f"--base {base} is of a model with two experts (boundary_ratio {boundary}), and one checkpoint was given. "
-            "Give the high-noise file as --checkpoint and the low-noise file as --checkpoint-low."
+            f"--base {base} is of a {index['_class_name']}, and the checkpoints are of a {kind}: the two hand over to "
+            "the low-noise expert at different steps. Give the base of this model."
         )
     return float(boundary)
 
@@ -198,15 +248,19 @@ def _check_fit(pipe: Pipeline, base: str) -> None:
         model = getattr(pipe, name)
         if model is None:
             continue
+        latents = pipe.vae.config.z_dim
+        from_image = model.config.in_channels > model.config.out_channels
         pairs = {
             "text width": (model.config.text_dim, pipe.text_encoder.config.d_model),
-            "latent channels in": (model.config.in_channels, pipe.vae.config.z_dim),
-            "latent channels out": (model.config.out_channels, pipe.vae.config.z_dim),
+            "latent channels in": (
+                model.config.in_channels,
+                2 * latents + MASK_CHANNELS if from_image else latents,
+            ),
+            "latent channels out": (model.config.out_channels, latents),
         }
+        encoder = getattr(pipe, "image_encoder", None)
+        if encoder is not None:
+            pairs["image width"] = (model.config.image_dim, encoder.config.hidden_size)
         wrong = [f"{what} {has}, base {wants}" for what, (has, wants) in pairs.items() if has != wants]
         if wrong:
-            hint = (
-                " An image-to-video checkpoint has more channels in than out; this serves text-to-video only."
-            )
-            image = hint if model.config.in_channels > model.config.out_channels else ""
-            raise InvalidOption(f"The {name} does not fit --base {base}: {'; '.join(wrong)}.{image}")
+            raise InvalidOption(f"The {name} does not fit --base {base}: {'; '.join(wrong)}.")
