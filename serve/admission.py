@@ -13,6 +13,7 @@ from fastapi import Request
 from wan_runtime import ClipRequest
 
 from .errors import ApiError
+from .inputs import kept
 from .jobs import Job, KeyReused, QueueFull, Terms
 from .parsing import CreateVideo
 from .services import Services
@@ -65,10 +66,17 @@ def terms_of(served: Services, clip: ClipRequest, key: str | None, fingerprint: 
     )
 
 
-def add_job(served: Services, clip: ClipRequest, owner: str | None, terms: Terms) -> Job:
-    """Puts the clip in the queue. Raises ApiError 429 where that is full, 422 for a key that was used before."""
+def add_job(
+    served: Services, clip: ClipRequest, owner: str | None, terms: Terms, picture: bytes | None = None
+) -> Job:
+    """Puts the clip, and the PNG that it starts from, in the queue.
+
+    Raises ApiError 429 where that is full, 422 for a key that was used before.
+    """
+    job_id = new_id()
     try:
-        return served.store.add(new_id(), served.settings.model_name, asdict(clip), owner=owner, terms=terms)
+        with kept(served.storage, job_id, picture):
+            job = served.store.add(job_id, served.settings.model_name, asdict(clip), owner=owner, terms=terms)
     except KeyReused:
         raise _reused() from None
     except QueueFull as full:
@@ -82,6 +90,9 @@ def add_job(served: Services, clip: ClipRequest, owner: str | None, terms: Terms
             f"server lets wait. Try again in {wait} s.",
             headers={"Retry-After": str(wait)},
         ) from None
+    if job.id != job_id:  # the same create came twice at once
+        served.storage.delete(job_id)
+    return job
 
 
 def _reused() -> ApiError:

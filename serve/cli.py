@@ -33,6 +33,7 @@ app = typer.Typer(
 log = logging.getLogger("wan_serve")
 DEFAULTS = Settings()
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+")
+HOST = re.compile(r"[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*(:[0-9]{1,5})?")
 LEVELS = ("debug", "info", "warning", "error")
 GRACE_SECONDS = 10  # for answers under way when the server is told to stop
 
@@ -72,6 +73,9 @@ def serve(
         "Ask for API keys: those in this file, which `wan-serve keys add` writes."))] = None,
     allow_origin: Annotated[list[str] | None, typer.Option(help=(
         "Let pages of this origin (https://example.org) use the server from a browser; may be repeated."))] = None,
+    allow_image_host: Annotated[list[str] | None, typer.Option(help=(
+        "Fetch start images from this host (images.example.org) where a client gives a URL; may be repeated. Without "
+        "it they are uploaded or sent as data URLs."))] = None,
     upload_seconds: Annotated[float, typer.Option(min=0.1, help=(
         "How long the body of a request may take to arrive."))] = DEFAULTS.upload_seconds,
     data_dir: Annotated[Path, typer.Option(file_okay=False, resolve_path=True, help=(
@@ -113,7 +117,8 @@ def serve(
     settings = Settings(
         checkpoint=checkpoint, checkpoint_low=checkpoint_low, base=base, text_encoder=text_encoder, vae=vae,
         host=host, port=port, allow_remote=allow_remote, data_dir=data_dir, device=device, dialect=dialect,
-        api_keys=api_keys, allow_origin=tuple(allow_origin or ()), upload_seconds=upload_seconds,
+        api_keys=api_keys, allow_origin=tuple(allow_origin or ()),
+        allow_image_host=tuple(allow_image_host or ()), upload_seconds=upload_seconds,
         weights=weights, compute=compute, backend=backend, attention=attention,
         attention_end_blocks=attention_end_blocks, attention_end_steps=attention_end_steps,
         cancel_seconds=cancel_seconds, log_level=log_level, stall_seconds=stall_seconds, drain_seconds=drain_seconds,
@@ -194,6 +199,11 @@ def _check(settings: Settings) -> None:
         if not ORIGIN.fullmatch(origin):
             raise typer.BadParameter(
                 f"--allow-origin is {origin!r}; it must be a scheme and a host, such as https://example.org."
+            )
+    for host in settings.allow_image_host:
+        if not HOST.fullmatch(host):
+            raise typer.BadParameter(
+                f"--allow-image-host is {host!r}; it must be a name, such as images.example.org, or name:port."
             )
 
 

@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .schema import migrate
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
+STATUSES: tuple[Status, ...] = get_args(Status)
 
 BY_KEY = "SELECT * FROM jobs WHERE ifnull(owner, '') = ? AND idempotency_key = ?"
 MAX_ATTEMPTS = 2  # a job whose worker or server ended under it is begun once more, then fails

@@ -12,6 +12,7 @@ from typing import Any
 
 from . import pictures
 from .counters import Counters
+from .inputs import read_kept
 from .previews import Map, Previews
 from .storage import Storage
 
@@ -91,8 +92,9 @@ def _make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mappin
         bench.counters.count("chunks")
         bench.check(job_id)
 
-    with _between_chunks(bench.pipe.vae, on_chunk):
-        clip = wan_runtime.generate(bench.pipe, request, on_step)
+    start = read_kept(bench.storage.start_image(job_id), request.image) if request.image else None
+    with _between_chunks(bench.pipe.vae, on_chunk, lambda: bench.check(job_id)):
+        clip = wan_runtime.generate(bench.pipe, request, on_step, image=start)
     bench.check(job_id)
     bench.tell("phase", job=job_id, phase="encode", step=steps)
     storage = bench.storage
@@ -107,13 +109,20 @@ def _make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mappin
 
 
 @contextlib.contextmanager
-def _between_chunks(vae: Any, on_chunk: Callable[[], None]) -> Iterator[None]:
-    """Calls `on_chunk` before each latent frame (or tile of one) is decoded; what it raises ends the decoding."""
-    hook = vae.decoder.register_forward_pre_hook(lambda *_: on_chunk())
+def _between_chunks(
+    vae: Any, on_chunk: Callable[[], None], on_encoding: Callable[[], None]
+) -> Iterator[None]:
+    """Calls `on_chunk` before each latent frame (or tile of one) is decoded, and `on_encoding` before each piece of the
+    start image's clip is encoded; what either raises ends the work."""
+    hooks = [
+        part.register_forward_pre_hook(lambda *_, call=call: call())
+        for part, call in ((vae.decoder, on_chunk), (vae.encoder, on_encoding))
+    ]
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def is_lack_of_memory(error: Exception) -> bool:

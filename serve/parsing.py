@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -21,10 +21,26 @@ from starlette.types import Message
 from wan_runtime import ClipProfile, ClipRequest, InvalidRequest, frames_for
 
 from .errors import ApiError
+from .inputs import UNKNOWN
+from .references import FIELD, Reference, take_reference
+from .start_images import refusal
 
-MAX_JSON = 2**20  # bytes
-MAX_FORM = 32 * 2**20  # bytes; room for an image, whose refusal says more than "too large"
+MAX_BODY = 48 * 2**20  # bytes; room for the largest image as a data URL, which is a third longer
+MAX_JSON_VALUES = 10_000  # no create has so many, and each takes many times the memory of its text
 SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+
+REFERENCE = {
+    "description": "The image that the clip starts from: an uploaded file (PNG, JPEG, WebP), or a data URL.",
+    "anyOf": [
+        {"type": "string", "format": "binary"},
+        {
+            "type": "object",
+            "properties": {"image_url": {"type": "string"}},
+            "required": ["image_url"],
+            "additionalProperties": False,
+        },
+    ],
+}
 
 
 class CreateVideo(BaseModel):
@@ -50,6 +66,7 @@ class CreateVideo(BaseModel):
     width: int | None = Field(None, description="With `height`, instead of `size`.")
     height: int | None = Field(None, description="With `width`, instead of `size`.")
     flow_shift: float | None = Field(None, description="Of the scheduler, for this clip.")
+    input_reference: Annotated[str | None, WithJsonSchema(REFERENCE)] = None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -59,8 +76,11 @@ class CreateVideo(BaseModel):
         return value
 
 
-async def read_create(request: Request) -> CreateVideo:
-    """The body of a create, from multipart, a plain form or JSON. Raises ApiError for anything that is not one."""
+async def read_create(request: Request) -> tuple[CreateVideo, Reference | None]:
+    """The body of a create, from multipart, a plain form or JSON, and its start image's content or URL.
+
+    Raises ApiError for anything that is not one.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
         fields = await _read_form(request)
@@ -73,42 +93,40 @@ async def read_create(request: Request) -> CreateVideo:
             f"The body is {kind or 'of no stated type'}. Send multipart/form-data (as the openai client does) or "
             "application/json.",
         )
-    if any(map(_is_reference, fields)):
-        raise ApiError(
-            422,
-            "input_reference_unsupported",
-            "input_reference cannot be used: this server runs a text-to-video model, which takes no start image.",
-            param="input_reference",
-        )
+    fields, reference = take_reference(fields)
     try:
-        return CreateVideo.model_validate(fields)
+        return CreateVideo.model_validate(fields), reference
     except ValidationError as error:
         raise _refusal(error) from None
 
 
 def clip_request(asked: CreateVideo, profile: ClipProfile) -> ClipRequest:
-    """The request in full: the model's defaults where the client was silent. Raises ApiError with the numbers."""
+    """The request in full: the model's defaults where the client was silent. Raises ApiError with the numbers.
+
+    A start image is counted as there, and its digest is yet to be filled in.
+    """
     width, height = _size(asked)
     fps = asked.fps if asked.fps is not None else profile.fps
-    given = asked.model_dump(exclude={"prompt", "model", "seconds", "size", "width", "height"})
+    given = asked.model_dump(exclude={"prompt", "model", "seconds", "size", "width", "height", FIELD})
+    given["image"] = UNKNOWN if asked.input_reference is not None else None
     try:
         if asked.seconds is not None:
             given["num_frames"] = _frames(asked.seconds, fps, asked.num_frames)
         return profile.request(asked.prompt, width=width, height=height, **given)
     except InvalidRequest as error:
+        if error.param == "image":
+            raise refusal(error) from None
         param = "size" if asked.size is not None and error.param in ("width", "height") else error.param
         raise ApiError(422, error.code, str(error), param=param) from None
 
 
-def _is_reference(name: str) -> bool:
-    return name.partition("[")[0] == "input_reference"
-
-
 async def _read_json(request: Request) -> dict[str, Any]:
-    body = b""
+    body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        _check_length(len(body), MAX_JSON)
+        _check_length(len(body))
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise ApiError(400, "invalid_json", f"The body holds more than {MAX_JSON_VALUES} values.")
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -127,32 +145,32 @@ async def _read_form(request: Request) -> dict[str, Any]:
         nonlocal size
         message = await request.receive()
         size += len(message.get("body", b""))
-        _check_length(size, MAX_FORM)
+        _check_length(size)
         return message
 
     fields: dict[str, Any] = {}
     try:
         async with Request(request.scope, bounded).form(
-            max_files=4, max_fields=64, max_part_size=2**20
+            max_files=4, max_fields=64, max_part_size=MAX_BODY
         ) as form:
             for name, value in form.multi_items():
                 if name in fields:
                     raise ApiError(400, "duplicate_parameter", f"{name} was sent twice.", param=name)
-                if isinstance(value, UploadFile) and not _is_reference(name):
+                if isinstance(value, UploadFile) and name != FIELD:
                     raise ApiError(
                         422, f"invalid_{name[:80]}", f"{name[:80]} was sent as a file.", param=name[:80]
                     )
-                fields[name] = value
+                fields[name] = await value.read() if isinstance(value, UploadFile) else value
     except (MultiPartException, HTTPException) as error:
         detail = getattr(error, "detail", None) or getattr(error, "message", error)
         raise ApiError(400, "invalid_form", f"The form cannot be read: {detail}") from None
     return fields
 
 
-def _check_length(size: int, limit: int) -> None:
-    if size > limit:
+def _check_length(size: int) -> None:
+    if size > MAX_BODY:
         # without closing, the rest of the body would still be read, only to be dropped
-        message = f"The body is larger than {limit} bytes."
+        message = f"The body is larger than {MAX_BODY} bytes."
         raise ApiError(413, "request_too_large", message, headers={"connection": "close"})
 
 

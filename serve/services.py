@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,9 +13,10 @@ from typing import IO, Annotated
 from fastapi import Depends, Request
 
 from .engine import Engine
-from .jobs import JobStore
+from .jobs import STATUSES, JobStore
 from .keys import KeyRing
 from .settings import Settings
+from .start_images import Intake, open_intake
 from .storage import Storage
 from .sweeper import Sweeper
 
@@ -29,6 +31,7 @@ class Services:
     engine: Engine
     sweeper: Sweeper
     lock: IO[str]
+    intake: Intake
     keys: KeyRing | None = None
     # A key's limits hold only if nothing is added while they are looked at.
     creating: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -61,10 +64,12 @@ def open_services(settings: Settings, on_fatal: Callable[[str], None]) -> Servic
         store = JobStore(storage.database)
         undo.callback(store.close)
         store.recover(storage.size)
-        storage.sweep(job.id for job in store.with_status("completed"))
+        with_id = {status: [job.id for job in store.with_status(status)] for status in STATUSES}
+        storage.sweep(with_id.pop("completed"), itertools.chain(*with_id.values()))
         engine = Engine(settings, store, storage, on_fatal)
         sweeper = Sweeper(settings, store, storage, engine.tell)
-        services = Services(settings, storage, store, engine, sweeper, lock, keys)
+        intake = open_intake(settings.allow_image_host)
+        services = Services(settings, storage, store, engine, sweeper, lock, intake, keys)
         undo.pop_all()
     return services
 

@@ -21,7 +21,8 @@ def new_id() -> str:
 
 @dataclass(frozen=True)
 class Storage:
-    """The data directory: `jobs.sqlite3`, and `videos/<id>.mp4`, `.webp` and `.jpg` for each completed job."""
+    """The data directory: `jobs.sqlite3`; `videos/<id>.mp4`, `.webp` and `.jpg` for each completed job; and
+    `inputs/<id>.png` for each job that starts from an image, for as long as there is the job."""
 
     root: Path
 
@@ -35,6 +36,11 @@ class Storage:
         """The folder of finished clips."""
         return self.root / "videos"
 
+    @property
+    def inputs(self) -> Path:
+        """The folder of start images."""
+        return self.root / "inputs"
+
     def video(self, job_id: str) -> Path:
         """Where the clip of a job lies, once it is complete. Raises ValueError for anything but an id of ours."""
         return self._path(job_id, ".mp4")
@@ -47,10 +53,14 @@ class Storage:
         """Where the clip's spritesheet lies."""
         return self._path(job_id, ".jpg")
 
-    def _path(self, job_id: str, suffix: str) -> Path:
+    def start_image(self, job_id: str) -> Path:
+        """Where the image lies that the job's clip starts from."""
+        return self._path(job_id, ".png", self.inputs)
+
+    def _path(self, job_id: str, suffix: str, folder: Path | None = None) -> Path:
         if not ID.fullmatch(job_id):
             raise ValueError(f"{job_id!r} is not a job id.")
-        return self.videos / f"{job_id}{suffix}"
+        return (folder or self.videos) / f"{job_id}{suffix}"
 
     def size(self, job_id: str) -> int:
         """The bytes of a job's files, or 0 unless its clip, which is written last, is there."""
@@ -59,7 +69,7 @@ class Storage:
         return sum(path.stat().st_size for path in self._files(job_id) if path.is_file())
 
     def _files(self, job_id: str) -> tuple[Path, ...]:
-        return self.video(job_id), self.thumbnail(job_id), self.spritesheet(job_id)
+        return self.video(job_id), self.thumbnail(job_id), self.spritesheet(job_id), self.start_image(job_id)
 
     def delete(self, job_id: str) -> None:
         """Removes a job's files, if there are any."""
@@ -68,7 +78,7 @@ class Storage:
 
     def prepare(self) -> None:
         """Creates the folders, readable by this user alone."""
-        for folder in (self.root, self.videos):
+        for folder in (self.root, self.videos, self.inputs):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def lock(self) -> IO[str]:
@@ -84,10 +94,11 @@ class Storage:
             raise
         return file
 
-    def sweep(self, keep: Iterable[str]) -> None:
-        """Removes what no job in `keep` owns: half-written clips and those whose row never said complete."""
-        names = {path.name for job_id in keep for path in self._files(job_id)}
-        for path in self.videos.iterdir():
-            if path.name not in names:
+    def sweep(self, completed: Iterable[str], others: Iterable[str] = ()) -> None:
+        """Removes what no job owns: half-written files, clips whose row never said complete, images without a job."""
+        own = {path for job_id in completed for path in self._files(job_id)}
+        own |= {self.start_image(job_id) for job_id in others}
+        for path in (*self.videos.iterdir(), *self.inputs.iterdir()):
+            if path not in own:
                 with contextlib.suppress(FileNotFoundError):
                     path.unlink()

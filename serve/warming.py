@@ -8,9 +8,10 @@ from collections import Counter
 from dataclasses import asdict, replace
 from typing import Any
 
-from wan_runtime import ClipProfile, ClipRequest
+from wan_runtime import ClipProfile, ClipRequest, StartImage
 
 from .costs import Speed, operations, pixels_of, tokens_of
+from .inputs import UNKNOWN
 from .settings import Settings
 
 log = logging.getLogger("wan_serve.worker")
@@ -28,8 +29,29 @@ def load(settings: Settings) -> Any:
 def health_clip(profile: ClipProfile) -> ClipRequest:
     """The least clip that goes through every part of the model."""
     side = 8 * profile.size_multiple
-    least = profile.request("warm-up", seed=0)
-    return replace(least, width=side, height=side, num_frames=5, num_inference_steps=1)
+    return replace(_practice(profile), width=side, height=side, num_frames=5, num_inference_steps=1)
+
+
+def try_out(pipe: Any) -> None:
+    """Makes the least clip. Raises what `wan_runtime.generate` raises."""
+    import wan_runtime
+
+    clip = health_clip(wan_runtime.clip_profile(pipe))
+    wan_runtime.generate(pipe, clip, image=_blank(clip))
+
+
+def _practice(profile: ClipProfile) -> ClipRequest:
+    image = UNKNOWN if profile.takes_image == "required" else None
+    return profile.request("warm-up", seed=0, image=image)
+
+
+def _blank(clip: ClipRequest) -> StartImage | None:
+    """What a practice clip starts from, where the model asks for an image."""
+    from PIL import Image
+
+    if clip.image is None:
+        return None
+    return StartImage(Image.new("RGB", (clip.width, clip.height), "grey"), clip.image)
 
 
 def warm(pipe: Any) -> dict[str, Any]:
@@ -37,7 +59,7 @@ def warm(pipe: Any) -> dict[str, Any]:
     import wan_runtime
 
     profile = wan_runtime.clip_profile(pipe)
-    wan_runtime.generate(pipe, health_clip(profile))
+    try_out(pipe)
     return {"profile": asdict(profile), "facts": _facts(pipe), "speed": asdict(_measure(pipe, profile))}
 
 
@@ -47,14 +69,14 @@ def _measure(pipe: Any, profile: ClipProfile) -> Speed:
 
     multiple = profile.size_multiple
     probe = replace(
-        profile.request("warm-up", seed=0),
+        _practice(profile),
         width=max(profile.width // 2 // multiple, 4) * multiple,
         height=max(profile.height // 2 // multiple, 4) * multiple,
         num_frames=9,
         num_inference_steps=PROFILE_STEPS,
     )
     times = [time.perf_counter()]
-    wan_runtime.generate(pipe, probe, lambda *_: times.append(time.perf_counter()))
+    wan_runtime.generate(pipe, probe, lambda *_: times.append(time.perf_counter()), image=_blank(probe))
     times.append(time.perf_counter())
     step, tail = times[-2] - times[-3], times[-1] - times[-2]
     per_token, per_pair = operations((pipe.transformer or pipe.transformer_2).config)

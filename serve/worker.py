@@ -142,12 +142,10 @@ def _work(line: Line, bench: Bench, command: Mapping[str, Any]) -> None:
 
 def _check_health(line: Line, bench: Bench) -> None:
     """After memory ran out: a small clip decides whether this process can go on. If not, another takes its place."""
-    import wan_runtime
-
-    from .warming import health_clip
+    from .warming import try_out
 
     try:
-        wan_runtime.generate(bench.pipe, health_clip(wan_runtime.clip_profile(bench.pipe)))
+        try_out(bench.pipe)
     except Exception as error:
         log.error("the model does not work after memory ran out (%s): another worker is to be started", error)
         line.tell(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from wan_runtime.errors import InvalidRequest, WanRuntimeError
     from wan_runtime.generating import clip_profile, generate
     from wan_runtime.pipelines import load_pipeline
-    from wan_runtime.starting import StartImage, open_image
+    from wan_runtime.starting import StartImage, fitted, open_image
     from wan_runtime.video import write_video
 
 # Looked up on first use, so that importing one layer loads no higher one, and the package costs nothing until used.
@@ -40,6 +40,7 @@ _HOME = {
     "generate": "generating",
     "load_pipeline": "pipelines",
     "StartImage": "starting",
+    "fitted": "starting",
     "open_image": "starting",
     "write_video": "video",
     "written_aside": "aside",
@@ -57,6 +58,7 @@ __all__ = [
     "clip_profile",
     "compare",
     "convert",
+    "fitted",
     "frames_for",
     "generate",
     "inspect",

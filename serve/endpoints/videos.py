@@ -81,6 +81,7 @@ class Video(BaseModel):
     guidance_scale: float
     guidance_scale_2: float | None
     flow_shift: float | None
+    image: str | None = None
     made_with: dict[str, Any] | None
 
 
@@ -138,7 +139,7 @@ def find(video_id: str, served: Services) -> Job:
 @router.post("", response_model=Video, openapi_extra=BODY)
 async def create_video(request: Request, response: Response, served: Served, asker: Asker) -> Video:
     """Puts a clip in the queue. Everything is checked here, before the model sees it."""
-    asked = await read_create(request)
+    asked, reference = await read_create(request)
     if asked.model is not None and asked.model != served.settings.model_name:
         raise unknown_model(asked.model, served)
     profile = _profile(served)
@@ -147,9 +148,12 @@ async def create_video(request: Request, response: Response, served: Served, ask
     if job is None:
         clip = clip_request(asked, profile)
         terms = terms_of(served, clip, key, fingerprint)
+        picture: bytes | None = None
+        if reference is not None:
+            clip, picture = await served.intake.take(reference, clip)
         async with served.creating:
             check_limits(asker, served)
-            job = await run_in_threadpool(add_job, served, clip, asker.owner, terms)
+            job = await run_in_threadpool(add_job, served, clip, asker.owner, terms, picture)
         served.engine.wake()
     response.headers["openai-poll-after-ms"] = str(served.engine.forecast.poll_after_ms(job))
     return await run_in_threadpool(describe, job, served)

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from tests.serve.conftest import Server, running
+from wan_runtime.serve.parsing import MAX_BODY
 
 SITE = "https://pages.example"
 
@@ -140,11 +141,11 @@ def test_deep_json_is_refused(server: Server) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
 
 
-@pytest.mark.parametrize("length", [2**20 + 1, 2**33])
+@pytest.mark.parametrize("length", [MAX_BODY + 1, 2**33])
 def test_oversized_json_is_cut_off_while_it_arrives(server: Server, length: int) -> None:
-    """The answer comes after the first MiB, though most of the body was never sent."""
+    """The answer comes after the first 48 MiB, though most of the body was never sent."""
     head = b"POST /v1/videos HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    answer = talk(server, head + b"content-length: %d\r\n\r\n" % length + b"x" * (2**20 + 1))
+    answer = talk(server, head + b"content-length: %d\r\n\r\n" % length + b"x" * (MAX_BODY + 1))
     assert answer.startswith(b"HTTP/1.1 413")
 
 

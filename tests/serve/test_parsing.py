@@ -38,7 +38,9 @@ def http(server: Server) -> Iterator[httpx.Client]:
         (b'{"prompt": "x", "size": "128x128", "width": 0, "height": 128}', 422, "conflicting_parameters"),
         (b'{"prompt": "x", "size": "128x128", "height": 0}', 422, "conflicting_parameters"),
         (b'{"prompt": "x", "num_frames": 1' + b"0" * 400 + b"}", 422, "invalid_num_frames"),
-        (b'{"prompt": "' + b"x" * 2**20 + b'"}', 413, "request_too_large"),
+        (b'{"prompt": "' + b"x" * 2**20 + b'"}', 422, "invalid_prompt"),
+        (b'{"prompt": "' + b"x" * 48 * 2**20 + b'"}', 413, "request_too_large"),
+        (b'{"prompt": ' + b"[]," * 2**23 + b"}", 400, "invalid_json"),
     ],
 )
 def test_bad_json_is_refused(http: httpx.Client, body: bytes, status: int, code: str) -> None:
