@@ -76,6 +76,8 @@ def serve(
     allow_image_host: Annotated[list[str] | None, typer.Option(help=(
         "Fetch start images from this host (images.example.org) where a client gives a URL; may be repeated. Without "
         "it they are uploaded or sent as data URLs."))] = None,
+    lora_dir: Annotated[Path | None, typer.Option(exists=True, file_okay=False, callback=_absolute, help=(
+        "Let clients use the LoRAs of this folder, by name: its .safetensors files."))] = None,
     upload_seconds: Annotated[float, typer.Option(min=0.1, help=(
         "How long the body of a request may take to arrive."))] = DEFAULTS.upload_seconds,
     data_dir: Annotated[Path, typer.Option(file_okay=False, resolve_path=True, help=(
@@ -118,7 +120,7 @@ def serve(
         checkpoint=checkpoint, checkpoint_low=checkpoint_low, base=base, text_encoder=text_encoder, vae=vae,
         host=host, port=port, allow_remote=allow_remote, data_dir=data_dir, device=device, dialect=dialect,
         api_keys=api_keys, allow_origin=tuple(allow_origin or ()),
-        allow_image_host=tuple(allow_image_host or ()), upload_seconds=upload_seconds,
+        allow_image_host=tuple(allow_image_host or ()), lora_dir=lora_dir, upload_seconds=upload_seconds,
         weights=weights, compute=compute, backend=backend, attention=attention,
         attention_end_blocks=attention_end_blocks, attention_end_steps=attention_end_steps,
         cancel_seconds=cancel_seconds, log_level=log_level, stall_seconds=stall_seconds, drain_seconds=drain_seconds,

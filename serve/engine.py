@@ -29,6 +29,7 @@ from . import costs, worker
 from .counters import NAMES, Counters
 from .forecast import Forecast
 from .jobs import Job, JobStore
+from .made_with import made_with
 from .settings import Settings
 from .state import EngineState
 from .storage import Storage
@@ -206,21 +207,17 @@ class Engine:
             return False
         if self._job is not None or not self.state.ready:
             return False
-        made_with = self._made_with()
-        job = self._store.claim(made_with)
-        if job is None:
+        waiting = self._store.next()
+        if waiting is None:
+            return False
+        made = made_with(self._settings, self.state.facts, waiting.request)
+        job = self._store.claim(made, only=waiting.id)
+        if job is None:  # it was cancelled meanwhile
             return False
         self._job = job
-        self._send({"do": "generate", "job": job.id, "request": dict(job.request), "made_with": made_with})
+        self._send({"do": "generate", "job": job.id, "request": dict(job.request), "made_with": made})
         self.tell.queue()
         return True
-
-    def _made_with(self) -> dict[str, Any]:
-        """What decides a clip besides its request."""
-        settings, facts = self._settings, self.state.facts
-        files = [path.name for path in (settings.checkpoint, settings.checkpoint_low) if path]
-        kept = ("variant", "dialect", "quantised_layers", "dtype", "device_name", "scheduler", "versions")
-        return {"model": settings.model_name, "checkpoints": files} | {name: facts[name] for name in kept}
 
     def _hear(self, message: dict[str, Any]) -> None:
         event, job_id = message["event"], str(message.get("job", ""))

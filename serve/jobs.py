@@ -205,14 +205,19 @@ class JobStore:
         sql = "SELECT * FROM jobs WHERE status IN ('completed', 'failed') ORDER BY completed_at, seq"
         return self._rows(sql)
 
-    def claim(self, made_with: Mapping[str, Any] | None = None) -> Job | None:
-        """Takes the oldest queued job to run it with what `made_with` describes, or None."""
+    def next(self) -> Job | None:
+        """The oldest queued job, or None."""
+        return self._one("SELECT * FROM jobs WHERE status = 'queued' ORDER BY seq LIMIT 1")
+
+    def claim(self, made_with: Mapping[str, Any] | None = None, *, only: str | None = None) -> Job | None:
+        """Takes the oldest queued job (if it is `only`) to run it with what `made_with` describes, or None."""
         return self._one(
             "UPDATE jobs SET status = 'in_progress', phase = 'starting', step = 0, attempts = attempts + 1, "
-            "started_at = ?, made_with = ? "
-            "WHERE seq = (SELECT min(seq) FROM jobs WHERE status = 'queued') RETURNING *",
+            "started_at = ?, made_with = ? WHERE seq = (SELECT min(seq) FROM jobs WHERE status = 'queued') "
+            "AND id = ifnull(?, id) RETURNING *",
             time.time(),
             json.dumps(made_with) if made_with is not None else None,
+            only,
         )
 
     def progress(self, job_id: str, *, phase: str, step: int) -> None:

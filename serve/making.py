@@ -8,13 +8,17 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from . import pictures
 from .counters import Counters
 from .inputs import read_kept
 from .previews import Map, Previews
 from .storage import Storage
+
+if TYPE_CHECKING:
+    from wan_runtime import Lora
 
 log = logging.getLogger("wan_serve.worker")
 LACK = ("allocate memory", "not enough memory", "bad_alloc")  # how torch's CPU allocators and C++ say it
@@ -35,6 +39,13 @@ class Bench:
     check: Callable[[str], None]
     preview_map: Map
     embed: bool = True
+    lora_dir: Path | None = None
+
+    def loras(self) -> dict[str, Lora]:
+        """The LoRAs that a job may name, as they are now."""
+        from wan_runtime import list_loras
+
+        return {} if self.lora_dir is None else list_loras(self.lora_dir)
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ def _make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mappin
 
     start = read_kept(bench.storage.start_image(job_id), request.image) if request.image else None
     with _between_chunks(bench.pipe.vae, on_chunk, lambda: bench.check(job_id)):
-        clip = wan_runtime.generate(bench.pipe, request, on_step, image=start)
+        clip = wan_runtime.generate(bench.pipe, request, on_step, image=start, loras=bench.loras())
     bench.check(job_id)
     bench.tell("phase", job=job_id, phase="encode", step=steps)
     storage = bench.storage

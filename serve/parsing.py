@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import Request
@@ -18,10 +19,11 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.types import Message
 
-from wan_runtime import ClipProfile, ClipRequest, InvalidRequest, frames_for
+from wan_runtime import ClipProfile, ClipRequest, InvalidRequest, Lora, frames_for
 
 from .errors import ApiError
 from .inputs import UNKNOWN
+from .lora_fields import LISTS, SCHEMA, LoraChoice, strengths_of, take_loras
 from .references import FIELD, Reference, take_reference
 from .start_images import refusal
 
@@ -31,7 +33,7 @@ SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 REFERENCE = {
     "description": "The image that the clip starts from: an uploaded file (PNG, JPEG, WebP), or a data URL.",
-    "anyOf": [
+    "oneOf": [
         {"type": "string", "format": "binary"},
         {
             "type": "object",
@@ -66,6 +68,7 @@ class CreateVideo(BaseModel):
     width: int | None = Field(None, description="With `height`, instead of `size`.")
     height: int | None = Field(None, description="With `width`, instead of `size`.")
     flow_shift: float | None = Field(None, description="Of the scheduler, for this clip.")
+    lora: Annotated[list[LoraChoice] | None, WithJsonSchema(SCHEMA)] = None
     input_reference: Annotated[str | None, WithJsonSchema(REFERENCE)] = None
 
     @field_validator("*", mode="before")
@@ -93,21 +96,24 @@ async def read_create(request: Request) -> tuple[CreateVideo, Reference | None]:
             f"The body is {kind or 'of no stated type'}. Send multipart/form-data (as the openai client does) or "
             "application/json.",
         )
-    fields, reference = take_reference(fields)
+    fields, reference = take_reference(take_loras(fields))
     try:
         return CreateVideo.model_validate(fields), reference
     except ValidationError as error:
         raise _refusal(error) from None
 
 
-def clip_request(asked: CreateVideo, profile: ClipProfile) -> ClipRequest:
+def clip_request(
+    asked: CreateVideo, profile: ClipProfile, loras: Mapping[str, Lora] | None = None
+) -> ClipRequest:
     """The request in full: the model's defaults where the client was silent. Raises ApiError with the numbers.
 
     A start image is counted as there, and its digest is yet to be filled in.
     """
     width, height = _size(asked)
     fps = asked.fps if asked.fps is not None else profile.fps
-    given = asked.model_dump(exclude={"prompt", "model", "seconds", "size", "width", "height", FIELD})
+    given = asked.model_dump(exclude={"prompt", "model", "seconds", "size", "width", "height", FIELD, "lora"})
+    given["lora"] = strengths_of(asked.lora, loras)
     given["image"] = UNKNOWN if asked.input_reference is not None else None
     try:
         if asked.seconds is not None:
@@ -154,6 +160,9 @@ async def _read_form(request: Request) -> dict[str, Any]:
             max_files=4, max_fields=64, max_part_size=MAX_BODY
         ) as form:
             for name, value in form.multi_items():
+                if name in LISTS and isinstance(value, str):
+                    fields.setdefault(name, []).append(value)
+                    continue
                 if name in fields:
                     raise ApiError(400, "duplicate_parameter", f"{name} was sent twice.", param=name)
                 if isinstance(value, UploadFile) and name != FIELD:
@@ -177,10 +186,10 @@ def _check_length(size: int) -> None:
 def _refusal(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False)[0]
     param = str(first["loc"][0])[:80]
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         known = ", ".join(CreateVideo.model_fields)
         return ApiError(400, "unknown_parameter", f"{param!r} is not known. Known: {known}.", param=param)
-    if first["type"] == "missing":
+    if first["type"] == "missing" and len(first["loc"]) == 1:
         return ApiError(422, "missing_parameter", f"{param} is missing.", param=param)
     code = "invalid_size" if param in ("width", "height") else f"invalid_{param}"
     message = f"{param} is {str(first['input'])[:80]!r}: {first['msg']}."

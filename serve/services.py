@@ -12,6 +12,8 @@ from typing import IO, Annotated
 
 from fastapi import Depends, Request
 
+from wan_runtime import Lora, list_loras
+
 from .engine import Engine
 from .jobs import STATUSES, JobStore
 from .keys import KeyRing
@@ -36,6 +38,11 @@ class Services:
     # A key's limits hold only if nothing is added while they are looked at.
     creating: asyncio.Lock = field(default_factory=asyncio.Lock)
     started_at: float = field(default_factory=time.time)
+
+    def loras(self) -> dict[str, Lora] | None:
+        """The LoRAs that clients may name now, or None where the operator has no folder of them."""
+        folder = self.settings.lora_dir
+        return None if folder is None else list_loras(folder)
 
     def start(self) -> None:
         """Begins the work, and returns at once."""

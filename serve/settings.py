@@ -30,6 +30,7 @@ class Settings:
     api_keys: Path | None = None
     allow_origin: tuple[str, ...] = ()
     allow_image_host: tuple[str, ...] = ()  # from which start images may be fetched
+    lora_dir: Path | None = None  # whose files clients may name
     upload_seconds: float = 60.0  # for the whole body of a request
     data_dir: Path = field(default_factory=lambda: Path.home() / ".local" / "share" / "wan-serve")
     device: str | None = None

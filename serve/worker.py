@@ -90,8 +90,9 @@ def main(connection: Connection, settings: Settings, parent: int, shared: Mutabl
         sys.exit(1)
     line.tell("ready", **facts)
     bench = Bench(
-        pipe, Storage(settings.data_dir), counters, line.tell, line.check, previews, settings.embed_metadata
-    )
+        pipe, Storage(settings.data_dir), counters, line.tell, line.check, previews, settings.embed_metadata,
+        settings.lora_dir,
+    )  # fmt: skip
     while True:
         _work(line, bench, line.jobs.get())
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from wan_runtime.version import VERSION
 
 if TYPE_CHECKING:
+    from wan_runtime.adapters import Lora, list_loras, lora_digests
     from wan_runtime.api import inspect, load, patch, unpatch
     from wan_runtime.aside import written_aside
     from wan_runtime.asking import ClipProfile, ClipRequest, frames_for
@@ -30,6 +31,9 @@ _HOME = {
     "calibrate": "calibrating",
     "compare": "comparing",
     "convert": "converting",
+    "Lora": "adapters",
+    "list_loras": "adapters",
+    "lora_digests": "adapters",
     "Catalogue": "catalogue",
     "InvalidRequest": "errors",
     "WanRuntimeError": "errors",
@@ -52,6 +56,7 @@ __all__ = [
     "ClipProfile",
     "ClipRequest",
     "InvalidRequest",
+    "Lora",
     "StartImage",
     "WanRuntimeError",
     "calibrate",
@@ -62,8 +67,10 @@ __all__ = [
     "frames_for",
     "generate",
     "inspect",
+    "list_loras",
     "load",
     "load_pipeline",
+    "lora_digests",
     "open_image",
     "patch",
     "unpatch",

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import re
 import secrets
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from wan_runtime.errors import InvalidRequest
@@ -16,6 +17,8 @@ from wan_runtime.errors import InvalidRequest
 MAX_STEPS = 200
 MAX_FPS = 60
 MAX_PROMPT = 4096  # characters; UMT5 reads 512 tokens and cuts the rest
+MAX_LORAS = 4
+MAX_STRENGTH = 4
 MAX_SEED = 2**63 - 1
 DIGEST = re.compile(r"[0-9a-f]{64}")
 FRAMES_PER_LATENT = 4  # the causal VAE: one frame, then four a latent, hence 4n+1
@@ -27,8 +30,8 @@ class ClipRequest:
 
     Sizes are in pixels, `fps` in frames a second; `seed` draws the first noise on the CPU, so that it does not depend
     on the device. `guidance_scale_2` is the second expert's (Wan2.2 A14B) and `flow_shift` replaces the scheduler's;
-    None keeps the pipeline's own. `image` is the SHA-256, in hex, of the file that the clip starts from. Raises
-    InvalidRequest for values that no pipeline accepts.
+    None keeps the pipeline's own. `image` is the SHA-256, in hex, of the file that the clip starts from; `lora` maps
+    names of LoRAs to their strengths. Raises InvalidRequest for values that no pipeline accepts.
     """
 
     prompt: str
@@ -43,6 +46,7 @@ class ClipRequest:
     seed: int
     flow_shift: float | None = None
     image: str | None = None
+    lora: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_prompts(self)
@@ -61,6 +65,12 @@ class ClipRequest:
             raise InvalidRequest(
                 "image", "invalid_image", f"image is {self.image[:80]!r}; it must be a SHA-256 in hex."
             )
+        if len(self.lora) > MAX_LORAS:
+            raise InvalidRequest(
+                "lora", "invalid_lora", f"{len(self.lora)} LoRAs are asked for; up to {MAX_LORAS} are used."
+            )
+        for strength in self.lora.values():
+            _check_range("lora", strength, -MAX_STRENGTH, MAX_STRENGTH, "in strength")
 
     @property
     def seconds(self) -> float:
@@ -94,7 +104,7 @@ class ClipProfile:
 
         Raises InvalidRequest, naming the field, for what this pipeline cannot do.
         """
-        known = {field.name for field in fields(ClipRequest)}
+        known = {one.name for one in fields(ClipRequest)}
         values = {name: getattr(self, name) for name in known if hasattr(self, name)}
         values["seed"] = secrets.randbelow(2**31)  # 31 bits: every client can hold it
         values.update({name: value for name, value in given.items() if value is not None})

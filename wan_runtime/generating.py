@@ -7,10 +7,11 @@ bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from wan_runtime.adapters import Lora, applied
 from wan_runtime.asking import ClipProfile, ClipRequest, check_request
 from wan_runtime.errors import InvalidRequest, WanRuntimeError
 from wan_runtime.scheduling import scheduler_of
@@ -83,13 +84,14 @@ def generate(
     on_step: Callable[[int, int], None] | None = None,
     *,
     image: StartImage | None = None,
+    loras: Mapping[str, Lora] | None = None,
 ) -> Clip:
     """Makes one clip.
 
-    `image` is the one that `request.image` names; it is scaled and cropped to the clip's size. `on_step(done, steps)`
-    runs after each denoising step, `done` counting from 1; what it raises ends the denoising there, before any
-    decoding, and is passed on. Raises InvalidRequest for what the pipeline cannot make, and WanRuntimeError if the
-    frames hold a NaN or an infinity.
+    `image` is the one that `request.image` names; it is scaled and cropped to the clip's size. `loras` are those among
+    which `request.lora` names some (`wan_runtime.list_loras`). `on_step(done, steps)` runs after each denoising step,
+    `done` counting from 1; what it raises ends the denoising there, before any decoding, and is passed on. Raises
+    InvalidRequest for what the pipeline cannot make, and WanRuntimeError if the frames hold a NaN or an infinity.
     """
     check_request(request, clip_profile(pipe))
     _check_image(request, image)
@@ -101,7 +103,10 @@ def generate(
         return {}
 
     given: dict[str, Any] = {} if image is None else {"image": fitted(image, request.width, request.height)}
-    with scheduler_of(pipe, request.flow_shift, request.num_inference_steps):
+    with (
+        scheduler_of(pipe, request.flow_shift, request.num_inference_steps),
+        applied(pipe, request.lora, loras or {}),
+    ):
         try:
             video = _called(pipe, image)(
                 **given,

@@ -6,6 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from wan_runtime import Lora
+
 from ..errors import ApiError
 from ..services import Served, Services
 from ..state import profile_fields
@@ -29,6 +31,7 @@ def _describe(served: Services) -> dict[str, Any]:
             else "A WAN text-to-video checkpoint."
         ),
         "checkpoints": checkpoints,
+        "loras": [_lora(lora) for lora in (served.loras() or {}).values()],
         "phase": state.phase,
         "limits_and_defaults": profile_fields(state.profile) if state.profile else None,
         "runtime": state.facts or None,
@@ -36,14 +39,19 @@ def _describe(served: Services) -> dict[str, Any]:
     }
 
 
+def _lora(lora: Lora) -> dict[str, Any]:
+    experts = [which for which, path in (("high", lora.high), ("low", lora.low)) if path]
+    return {"name": lora.name, "experts": experts, "bytes": sum(path.stat().st_size for path in lora.files)}
+
+
 @router.get("")
-async def list_models(served: Served) -> dict[str, Any]:
+def list_models(served: Served) -> dict[str, Any]:
     """The one model served."""
     return {"object": "list", "data": [_describe(served)]}
 
 
 @router.get("/{model}")
-async def retrieve_model(model: str, served: Served) -> dict[str, Any]:
+def retrieve_model(model: str, served: Served) -> dict[str, Any]:
     """The model by its name."""
     if model != served.settings.model_name:
         raise unknown_model(model, served)

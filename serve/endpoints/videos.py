@@ -82,6 +82,7 @@ class Video(BaseModel):
     guidance_scale_2: float | None
     flow_shift: float | None
     image: str | None = None
+    lora: dict[str, float] = {}
     made_with: dict[str, Any] | None
 
 
@@ -146,7 +147,8 @@ async def create_video(request: Request, response: Response, served: Served, ask
     key, fingerprint = idempotency(request, asked)
     job = await run_in_threadpool(repeated, served, asker.owner, key, fingerprint) if key else None
     if job is None:
-        clip = clip_request(asked, profile)
+        loras = await run_in_threadpool(served.loras) if asked.lora else None
+        clip = clip_request(asked, profile, loras)
         terms = terms_of(served, clip, key, fingerprint)
         picture: bytes | None = None
         if reference is not None:

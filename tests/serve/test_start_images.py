@@ -247,6 +247,7 @@ def test_an_idempotency_key_covers_the_image(i2v: Server) -> None:
         client.videos.delete(first)
 
 
+@pytest.mark.long
 def test_a_job_keeps_its_image_over_a_restart(tmp_path: Path) -> None:
     options = ["--checkpoint", str(image_to_video.wan22(tmp_path)), "--base", str(tiny_base())]
     asked = {**QUICK, "seed": 3}
