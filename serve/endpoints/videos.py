@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[str, Callable[[Storage, str], Path]]] = {
     "video": ("video/mp4", Storage.video),
     "thumbnail": ("image/webp", Storage.thumbnail),
     "spritesheet": ("image/jpeg", Storage.spritesheet),
+    "start_image": ("image/png", Storage.start_image),
 }
 NO_RETRY = {"x-should-retry": "false"}
 BODY = {
@@ -211,7 +212,7 @@ def retrieve_video(video_id: str, response: Response, served: Served) -> Video:
 
 @router.get("/{video_id}/content", response_class=FileResponse)
 def download_content(video_id: str, served: Served, variant: str = "video") -> FileResponse:
-    """The finished clip as MP4, its thumbnail as WebP, or a spritesheet as JPEG. Byte ranges are served."""
+    """The finished clip as MP4, its thumbnail as WebP, a spritesheet as JPEG, or what it began with as PNG."""
     job = find(video_id, served)
     if variant not in VARIANTS:
         message = f"The variant {variant[:40]!r} is not made here. Known: {', '.join(VARIANTS)}."
@@ -224,6 +225,8 @@ def download_content(video_id: str, served: Served, variant: str = "video") -> F
         raise ApiError(400, "video_not_ready", message, headers=NO_RETRY)
     kind, path_of = VARIANTS[variant]
     path = path_of(served.storage, job.id)
+    if variant == "start_image" and not job.request.get("image"):
+        raise ApiError(400, "unsupported_variant", "This clip did not start from an image.", param="variant")
     if not path.is_file():  # deleted since, by another request
         raise not_found(video_id)
     return FileResponse(path, media_type=kind, filename=path.name)

@@ -1,5 +1,7 @@
 // The page is a client of /v1/videos and nothing else: what it shows comes from the server, so a reload loses nothing.
 
+import * as materials from "./materials.js";
+
 const $ = (id) => document.getElementById(id);
 const form = $("slate");
 const takes = new Map(); // id -> {video, node, url, watching}
@@ -20,10 +22,10 @@ class Refusal extends Error {
   }
 }
 
-async function call(path, { method = "GET", json, signal } = {}) {
+async function call(path, { method = "GET", json, form: parts, signal } = {}) {
   const headers = key ? { authorization: `Bearer ${key}` } : {};
   if (json) headers["content-type"] = "application/json";
-  const answer = await fetch(path, { method, headers, body: json && JSON.stringify(json), signal });
+  const answer = await fetch(path, { method, headers, body: parts ?? (json && JSON.stringify(json)), signal });
   if (answer.ok) return answer;
   const told = await answer.json().catch(() => ({}));
   const refusal = new Refusal(answer.status, told.error ?? { message: `The server answered ${answer.status}.` });
@@ -65,6 +67,7 @@ function prepare(found) {
   const fields = ["width", "height", "num_frames", "fps", "num_inference_steps", "guidance_scale"];
   for (const name of fields) form[name].value = draft[name] || model[name];
   for (const name of ["prompt", "negative_prompt", "seed"]) form[name].value ||= draft[name] || "";
+  materials.offer(model, found.loras);
   drawShapes();
   tellLength();
   $("roll").disabled = false;
@@ -116,7 +119,29 @@ function asked() {
   for (const name of ["width", "height", "num_frames", "fps", "num_inference_steps", "guidance_scale", "seed"]) {
     if (form[name].value !== "") body[name] = Number(form[name].value);
   }
-  return body;
+  const loras = Object.entries(materials.chosen());
+  if (loras.length) body.lora = loras.map(([name, strength]) => ({ name, strength }));
+  const image = materials.image();
+  if (!image) return { json: body };
+  const parts = new FormData();
+  for (const [name, value] of Object.entries(body)) if (name !== "lora") parts.append(name, value);
+  for (const { name, strength } of body.lora ?? []) {
+    parts.append("lora[][name]", name);
+    parts.append("lora[][strength]", strength);
+  }
+  parts.append("input_reference", image);
+  return { form: parts };
+}
+
+// A frame of the model's own area in the image's proportions: the less is cropped.
+function frameLike([w, h]) {
+  const unit = model.size_multiple;
+  const side = Math.sqrt(model.width * model.height);
+  const near = (pixels) => Math.max(Math.floor(pixels / unit + 0.5), 1) * unit;
+  const [width, height] = [near(side * Math.sqrt(w / h)), near(side * Math.sqrt(h / w))];
+  if (width * height > model.max_pixels) return;
+  [form.width.value, form.height.value] = [width, height];
+  tickShape();
 }
 
 async function roll() {
@@ -124,7 +149,7 @@ async function roll() {
   $("roll").disabled = true;
   refuse(null);
   try {
-    const video = await (await call("/v1/videos", { method: "POST", json: asked() })).json();
+    const video = await (await call("/v1/videos", { method: "POST", ...asked() })).json();
     show(video);
     say("The clip is in the queue.");
   } catch (error) {
@@ -141,13 +166,16 @@ function refuse(error) {
   if (field instanceof HTMLElement) field.focus();
 }
 
-function again(video) {
+async function again(video) {
   for (const name of ["prompt", "negative_prompt", "num_frames", "fps", "num_inference_steps", "guidance_scale", "seed"]) form[name].value = video[name];
   [form.width.value, form.height.value] = video.size.split("x");
+  materials.choose(video.lora);
   form.dispatchEvent(new Event("input"));
   tickShape();
   form.prompt.focus();
   form.scrollIntoView({ block: "start", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+  const picture = video.image && (await call(`/v1/videos/${video.id}/content?variant=start_image`).catch(() => null));
+  await materials.setImage(picture && (await picture.blob()));
 }
 
 // --- the takes ---
@@ -182,7 +210,8 @@ function fill(take) {
   part("text").textContent = video.prompt;
   part("state").textContent = stateOf(video);
   const facts = [video.size.replace("x", "×"), `${video.num_frames} frames`, `${video.num_inference_steps} steps`, `seed ${video.seed}`];
-  part("facts").textContent = facts.map((fact) => fact.replace(" ", "\u00a0")).join(" · ");
+  facts.push(...Object.entries(video.lora).map(([name, strength]) => (strength === 1 ? name : `${name} ${strength}`)), ...(video.image ? ["from an image"] : []));
+  part("facts").textContent = facts.map((fact) => fact.replaceAll(" ", "\u00a0")).join(" · ");
   const strip = part("strip");
   for (const [name, value] of [["--steps", video.num_inference_steps], ["--done", video.step], ["--gap", video.num_inference_steps > 60 ? "1px" : "2px"]]) strip.style.setProperty(name, value);
   strip.setAttribute("aria-valuemax", video.num_inference_steps);
@@ -385,6 +414,14 @@ form.addEventListener("input", (event) => {
   tickShape();
   tellLength();
   if (model) sessionStorage.setItem("draft", JSON.stringify(Object.fromEntries(new FormData(form))));
+});
+$("input_reference").addEventListener("change", async () => {
+  const size = await materials.preview();
+  if (size) frameLike(size);
+});
+$("start-drop").addEventListener("click", () => {
+  materials.setImage(null);
+  $("input_reference").focus();
 });
 $("older").addEventListener("click", () => load({ older: true }));
 $("key-button").addEventListener("click", askForKey);

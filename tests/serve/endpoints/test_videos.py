@@ -213,7 +213,10 @@ def test_another_variant_is_refused_with_those_that_exist(client: openai.OpenAI,
     with pytest.raises(openai.BadRequestError) as refused:
         client.videos.download_content(finished.id, variant="poster")  # type: ignore[arg-type]
     assert refused.value.code == "unsupported_variant"
-    assert "video, thumbnail, spritesheet" in refused.value.message
+    assert "video, thumbnail, spritesheet, start_image" in refused.value.message
+    with pytest.raises(openai.BadRequestError) as none:
+        client.videos.download_content(finished.id, variant="start_image")  # type: ignore[arg-type]
+    assert none.value.code == "unsupported_variant" and "did not start from an image" in none.value.message
 
 
 def test_what_decided_the_clip_is_told_and_in_the_file(client: openai.OpenAI, finished: Video) -> None:

@@ -221,7 +221,7 @@ def test_the_policy_lets_nothing_inline_run_and_nothing_outside_load(server: Ser
 
 
 def test_parts_of_the_page_are_named_and_nothing_else_is_served(server: Server) -> None:
-    assert set(PAGES) == {"index.html", "page.css", "page.js", "icon.svg"}
+    assert set(PAGES) == {"index.html", "page.css", "page.js", "materials.js", "icon.svg"}
     first = server.get("/web/page.js")
     assert (first.status_code, first.headers["content-type"]) == (200, "text/javascript; charset=utf-8")
     unchanged = httpx.get(f"{server.url}/web/page.js", headers={"if-none-match": first.headers["etag"]})
