@@ -44,10 +44,12 @@ def repeated(served: Services, owner: str | None, key: str, fingerprint: str | N
     return job
 
 
-def terms_of(served: Services, clip: ClipRequest, key: str | None, fingerprint: str | None) -> Terms:
+def terms_of(
+    served: Services, model: str, clip: ClipRequest, key: str | None, fingerprint: str | None
+) -> Terms:
     """On which a clip may be added. Raises ApiError 422 where it alone is too much for this server."""
     settings = served.settings
-    seconds = served.engine.forecast.seconds(clip)
+    seconds = served.engine.forecast.seconds(clip, model)
     if seconds > settings.max_job_seconds:
         raise ApiError(
             422,
@@ -67,7 +69,12 @@ def terms_of(served: Services, clip: ClipRequest, key: str | None, fingerprint: 
 
 
 def add_job(
-    served: Services, clip: ClipRequest, owner: str | None, terms: Terms, picture: bytes | None = None
+    served: Services,
+    model: str,
+    clip: ClipRequest,
+    owner: str | None,
+    terms: Terms,
+    picture: bytes | None = None,
 ) -> Job:
     """Puts the clip, and the PNG that it starts from, in the queue.
 
@@ -76,7 +83,7 @@ def add_job(
     job_id = new_id()
     try:
         with kept(served.storage, job_id, picture):
-            job = served.store.add(job_id, served.settings.model_name, asdict(clip), owner=owner, terms=terms)
+            job = served.store.add(job_id, model, asdict(clip), owner=owner, terms=terms)
     except KeyReused:
         raise _reused() from None
     except QueueFull as full:

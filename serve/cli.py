@@ -17,7 +17,7 @@ from rich.console import Console
 
 from . import keys
 from .app import create_app
-from .config import from_file
+from .config import TABLES, from_file, with_models
 from .draining import DrainingServer
 from .dry_run import plan
 from .keys_cli import keys_app
@@ -128,6 +128,7 @@ def serve(
         max_job_seconds=max_job_seconds, keep_days=keep_days, keep_gib=keep_gib, sweep_seconds=sweep_seconds,
         embed_metadata=embed_metadata, metrics=metrics,
     )  # fmt: skip
+    settings = with_models(settings, context.meta.get(TABLES, {}))
     _check(settings)
     if dry_run:
         _print_plan(settings)
@@ -170,7 +171,9 @@ def run(settings: Settings) -> int:
             log.info("no --checkpoint was given: serving the bundled tiny model, which draws moving shapes")
         name = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"http://{name}:{listening.getsockname()[1]}"
-        log.info("listening on %s, model %s, jobs in %s", address, settings.model_name, settings.data_dir)
+        log.info(
+            "listening on %s, model %s, jobs in %s", address, ", ".join(settings.models), settings.data_dir
+        )
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after its orderly shutdown
             signal.signal(number, lambda *_: None)
         server.run(sockets=[listening])

@@ -30,6 +30,8 @@ def plan(settings: Settings) -> RenderableType:
     import wan_runtime
     from wan_runtime import tiny
 
+    if settings.more:
+        return Group(*(plan(replace(one, more=())) for one in settings.models.values()))
     options = settings.pipeline_options()
     given = {name: options[name] for name in PATCHING if name in options}
     bundled = Path(tiny.path()) / "transformer"

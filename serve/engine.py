@@ -23,10 +23,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from wan_runtime import ClipProfile
-
 from . import costs, worker
 from .counters import NAMES, Counters
+from .endings import fail_cancelled, fail_unserved, how_it_ended, settle
 from .forecast import Forecast
 from .jobs import Job, JobStore
 from .made_with import made_with
@@ -127,7 +126,7 @@ class Engine:
             if self._stopping.is_set():
                 return
             failures = 0 if reached_ready else failures + 1
-            never_ready = self.state.profile is None
+            never_ready = len(self.state.models) < len(self._settings.models)
             if failures >= MAX_STARTS or (never_ready and reason.startswith("fatal: ")):
                 self._give_up(reason.removeprefix("fatal: "))
                 return
@@ -143,7 +142,8 @@ class Engine:
         ours, theirs = SPAWN.Pipe()
         shared = SPAWN.RawArray("Q", len(NAMES))
         process = SPAWN.Process(
-            target=worker.main, args=(theirs, self._settings, os.getpid(), shared), name="wan-worker", daemon=True
+            target=worker.main, name="wan-worker", daemon=True,
+            args=(theirs, self._settings, self._to_load(), os.getpid(), shared),
         )  # fmt: skip
         process.start()
         theirs.close()
@@ -161,12 +161,22 @@ class Engine:
             process.kill()
             process.join()
             ours.close()
-        reason = reason or _how_it_ended(process.exitcode)
+        reason = reason or how_it_ended(process.exitcode)
         self.state = replace(self.state, pid=None)
         self._enter("restarting")
         self._settle(reason)
         process.close()
         return reached_ready, reason
+
+    def _to_load(self) -> list[str]:
+        """The models that a new worker loads in turn: those that nobody has seen yet, so that one that cannot be loaded
+        is found out at the start, and last, to be kept, that of the next job."""
+        waiting, models = self._store.next(), self._settings.models
+        wanted = (
+            waiting.model if waiting is not None and waiting.model in models else self._settings.model_name
+        )
+        unseen = [name for name in models if name not in self.state.models and name != wanted]
+        return [*unseen, wanted]
 
     def _attend(self, process: BaseProcess, ours: Connection) -> tuple[bool, str | None]:
         """Feeds the worker and hears it until it ends, hangs, or the engine stops."""
@@ -210,7 +220,17 @@ class Engine:
         waiting = self._store.next()
         if waiting is None:
             return False
-        made = made_with(self._settings, self.state.facts, waiting.request)
+        if waiting.model not in self._settings.models:
+            fail_unserved(self._store, waiting)
+            self.tell.end(waiting.id)
+            return False
+        if waiting.model != self.state.model:
+            self.state = replace(self.state, model=waiting.model)
+            self._enter("loading")
+            self._send({"do": "load", "model": waiting.model})
+            return True
+        facts = self.state.models[waiting.model].facts
+        made = made_with(self._settings.models[waiting.model], facts, waiting.request)
         job = self._store.claim(made, only=waiting.id)
         if job is None:  # it was cancelled meanwhile
             return False
@@ -221,14 +241,13 @@ class Engine:
 
     def _hear(self, message: dict[str, Any]) -> None:
         event, job_id = message["event"], str(message.get("job", ""))
-        if event == "ready":
-            profile, speed = ClipProfile(**message["profile"]), costs.Speed(**message["speed"])
-            if self.state.speed is not None:  # what was learned from jobs outlives the worker
-                speed = replace(speed, correction=self.state.speed.correction)
-            self.state = replace(self.state, profile=profile, facts=message["facts"], speed=speed)
+        if event == "known":
+            self.state = self.state.met(message)
+        elif event == "ready":
             self._enter("ready")
-            log.info("ready: %s on %s", self._settings.model_name, message["facts"]["device"])
+            log.info("ready: %s", self.state.model)
         elif event == "phase" and not job_id:
+            self.state = replace(self.state, model=message.get("model", self.state.model))
             self._enter(message["phase"])
         elif event == "phase":
             self._store.progress(job_id, phase=message["phase"], step=message["step"])
@@ -243,27 +262,22 @@ class Engine:
             self._store.complete(job_id, size=message["size"])
             self._learn(job_id)
         elif event == "cancelled":
-            self._fail_cancelled(job_id)
+            fail_cancelled(self._store, job_id)
         else:
             self._store.fail(job_id, message["code"], message["message"])
         self._job = None
         self._unwanted.discard(job_id)
         self.tell.end(job_id)
 
-    def _fail_cancelled(self, job_id: str) -> None:
-        job = self._store.get(job_id)
-        if job is not None:
-            steps = f"{job.step} of {job.request['num_inference_steps']} steps"
-            self._store.fail(job_id, "cancelled", f"The job was cancelled while it ran, after {steps}.")
-
     def _learn(self, job_id: str) -> None:
         """Corrects the predictions by what a job took."""
-        job, speed = self._store.get(job_id), self.state.speed
-        if job is None or speed is None or job.started_at is None or job.completed_at is None:
+        job = self._store.get(job_id)
+        known = self.state.models.get(job.model) if job is not None else None
+        if job is None or known is None or job.started_at is None or job.completed_at is None:
             return
-        predicted = self.forecast.seconds(job.request)
-        correction = costs.learned(speed, predicted, job.completed_at - job.started_at)
-        self.state = replace(self.state, speed=replace(speed, correction=correction))
+        predicted = self.forecast.seconds(job.request, job.model)
+        correction = costs.learned(known.speed, predicted, job.completed_at - job.started_at)
+        self.state = self.state.corrected(job.model, correction)
 
     def _settle(self, reason: str) -> None:
         """What becomes of the job that the ended worker was on."""
@@ -273,22 +287,6 @@ class Engine:
             return
         unwanted = now.id in self._unwanted
         self._unwanted.discard(now.id)
-        if size := self._storage.size(
-            now.id
-        ):  # its files are whole: it ended before it could say that it was done
-            self._store.complete(now.id, size=size)
-        elif unwanted:
-            self._fail_cancelled(now.id)
-        elif self._stopping.is_set():
-            self._store.requeue(now.id, counts=False)
-        else:
-            steps = now.request["num_inference_steps"]
-            where = f"in the phase {now.phase!r}, after {now.step} of {steps} steps"
-            self._store.interrupted(now, "worker_died", f"The worker process ended {where}: {reason}.")
+        stopping = self._stopping.is_set()
+        settle(self._store, self._storage, now, reason, unwanted=unwanted, stopping=stopping)
         self.tell.end(now.id)
-
-
-def _how_it_ended(code: int | None) -> str:
-    if code is not None and code < 0:
-        return f"it was killed by {signal.Signals(-code).name}"
-    return f"it exited with the status {code}"

@@ -16,30 +16,28 @@ POLL_MS = (250, 5000)
 
 
 class Forecast:
-    """Predictions from the current state. All of them are 0 until the model has been warmed up."""
+    """Predictions from the current state: 0 until the model has been warmed up, and without the time to load one."""
 
     def __init__(self, store: JobStore, state: Callable[[], EngineState]) -> None:
         self._store, self._state = store, state
 
-    def seconds(self, request: Mapping[str, Any] | ClipRequest) -> float:
-        """How long a clip will take, once it is begun."""
-        state = self._state()
-        if state.speed is None or state.profile is None:
-            return 0.0
-        return costs.clip_seconds(state.speed, _request(request), state.profile)
+    def seconds(self, request: Mapping[str, Any] | ClipRequest, model: str) -> float:
+        """How long a clip of a model will take, once it is begun."""
+        known = self._state().models.get(model)
+        return costs.clip_seconds(known.speed, _request(request), known.profile) if known else 0.0
 
     def left(self, job: Job) -> float:
         """What is left of a running job."""
-        state = self._state()
-        if state.speed is None or state.profile is None:
+        known = self._state().models.get(job.model)
+        if known is None:
             return 0.0
         request = _request(job.request)
-        tail = costs.tail_seconds(state.speed, request)
+        tail = costs.tail_seconds(known.speed, request)
         if job.phase in ("decode", "encode"):
             return tail
         if job.step == 0:
-            return costs.clip_seconds(state.speed, request, state.profile)
-        step = costs.step_seconds(state.speed, request, state.profile.size_multiple)
+            return costs.clip_seconds(known.speed, request, known.profile)
+        step = costs.step_seconds(known.speed, request, known.profile.size_multiple)
         return (request.num_inference_steps - job.step) * step + tail
 
     def eta(self, job: Job) -> float | None:
@@ -50,7 +48,7 @@ class Forecast:
             return None
         _, before = self._store.waiting(job)
         running = sum(map(self.left, self._store.with_status("in_progress")))
-        return running + before + self.seconds(job.request)
+        return running + before + self.seconds(job.request, job.model)
 
     def poll_after_ms(self, job: Job) -> int:
         """When to ask for this job again. The client reads this once, on its first poll."""

@@ -39,9 +39,9 @@ class Services:
     creating: asyncio.Lock = field(default_factory=asyncio.Lock)
     started_at: float = field(default_factory=time.time)
 
-    def loras(self) -> dict[str, Lora] | None:
-        """The LoRAs that clients may name now, or None where the operator has no folder of them."""
-        folder = self.settings.lora_dir
+    def loras(self, model: str) -> dict[str, Lora] | None:
+        """The LoRAs that clients of a model may name now, or None where the operator has no folder of them."""
+        folder = self.settings.models[model].lora_dir
         return None if folder is None else list_loras(folder)
 
     def start(self) -> None:

@@ -19,6 +19,7 @@ EXPERT_FOLDERS = ("transformer", "transformer_2", "high_noise_model", "low_noise
 class Settings:
     """What is served, where, and with which kernels. None is each option's own default."""
 
+    name: str | None = None  # that clients give as `model`; None takes the checkpoint's
     checkpoint: Path | None = None
     checkpoint_low: Path | None = None
     base: str | None = None
@@ -52,10 +53,13 @@ class Settings:
     embed_metadata: bool = True  # into the clips: what decided them
     log_level: str = "info"
     metrics: bool = False  # kept for Prometheus, at /metrics
+    more: tuple[Settings, ...] = ()  # the models beside this one, each as if it were served alone
 
     @property
     def model_name(self) -> str:
         """The name that clients give as `model`: the checkpoint's file name, or its folder's where all are alike."""
+        if self.name is not None:
+            return self.name
         if self.checkpoint is None:
             return "wan-tiny"
         whole = self.checkpoint.absolute()
@@ -64,6 +68,11 @@ class Settings:
             return whole.stem
         folder = whole.parent if whole.suffix in (*FILES, ".json") else whole
         return folder.parent.name if folder.name in EXPERT_FOLDERS else folder.name
+
+    @property
+    def models(self) -> dict[str, Settings]:
+        """All models by name, the first being the one that is meant where a client names none."""
+        return {one.model_name: one for one in (self, *self.more)}
 
     @property
     def is_bundled(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from wan_runtime import ClipProfile
@@ -12,20 +13,46 @@ from .counters import NAMES, Counters
 
 
 @dataclass(frozen=True)
+class Known:
+    """What is known of a model since it was first loaded: what it accepts, what it is, and how fast it is here."""
+
+    profile: ClipProfile
+    facts: Mapping[str, Any]
+    speed: Speed
+
+
+@dataclass(frozen=True)
 class EngineState:
-    """What the worker is doing, for readiness and for /v1/models. `profile` stays known while it restarts."""
+    """What the worker is doing, for readiness and for /v1/models. Models stay known while it restarts.
+
+    `model` is the one that the worker holds, or is loading.
+    """
 
     phase: str = "starting"
-    profile: ClipProfile | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    models: Mapping[str, Known] = field(default_factory=dict)
     pid: int | None = None
-    speed: Speed | None = None
     counters: Counters = field(default_factory=lambda: Counters([0] * len(NAMES)))
 
     @property
     def ready(self) -> bool:
         """Whether a job would be run now."""
         return self.phase == "ready"
+
+    def met(self, message: Mapping[str, Any]) -> EngineState:
+        """The state after the worker has told what a model is."""
+        name, speed = str(message["model"]), Speed(**message["speed"])
+        before = self.models.get(name)
+        if before is not None:  # what was learned from jobs outlives the worker
+            speed = replace(speed, correction=before.speed.correction)
+        known = Known(ClipProfile(**message["profile"]), message["facts"], speed)
+        return replace(self, model=name, models={**self.models, name: known})
+
+    def corrected(self, name: str, correction: float) -> EngineState:
+        """The state after a job has shown how far the predictions for its model are off."""
+        known = self.models[name]
+        speed = replace(known.speed, correction=correction)
+        return replace(self, models={**self.models, name: replace(known, speed=speed)})
 
 
 def profile_fields(profile: ClipProfile) -> dict[str, Any]:

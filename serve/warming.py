@@ -18,6 +18,17 @@ log = logging.getLogger("wan_serve.worker")
 PROFILE_STEPS = 2  # the first one sets things up for its size
 
 
+def make_room() -> None:
+    """Gives back what the model before has left."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def load(settings: Settings) -> Any:
     """The pipeline. Raises what `wan_runtime.load_pipeline` raises."""
     import wan_runtime

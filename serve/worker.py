@@ -59,14 +59,19 @@ class Line:
                 command = json.loads(self._connection.recv_bytes())
             except (EOFError, OSError):
                 os._exit(0)  # the server is gone, and with it whoever wanted what this process is doing
-            if command["do"] == "generate":
+            if command["do"] != "cancel":
                 self.jobs.put(command)
             else:
                 self._cancelled.setdefault(command["job"], self._counters.read()["steps"])
 
 
-def main(connection: Connection, settings: Settings, parent: int, shared: MutableSequence[int]) -> None:
-    """The process, from start to its parent's end. `shared` holds its counters."""
+def main(
+    connection: Connection, settings: Settings, order: list[str], parent: int, shared: MutableSequence[int]
+) -> None:
+    """The process, from start to its parent's end. `order` names the models that it loads in turn, to keep the last.
+
+    `shared` holds its counters.
+    """
     _die_with(parent)
     for number in (
         signal.SIGINT,
@@ -78,23 +83,20 @@ def main(connection: Connection, settings: Settings, parent: int, shared: Mutabl
     )
     counters = Counters(shared)
     line = Line(connection, counters)
-    try:
-        pipe, facts = _prepare(line, settings)
-        previews = fit(pipe)
-    except Exception as error:
-        from wan_runtime import WanRuntimeError
-
-        if not isinstance(error, (WanRuntimeError, OSError)):
-            log.exception("the model could not be prepared")
-        line.tell("fatal", message=f"{type(error).__name__}: {error}")
-        sys.exit(1)
-    line.tell("ready", **facts)
-    bench = Bench(
-        pipe, Storage(settings.data_dir), counters, line.tell, line.check, previews, settings.embed_metadata,
-        settings.lora_dir,
-    )  # fmt: skip
+    line.tell("phase", phase="importing")
+    *others, name = order
+    for other in others:  # looked at once, and let go of before the next: two models seldom fit
+        _loaded(line, counters, settings.models[other])
     while True:
-        _work(line, bench, line.jobs.get())
+        name = _work_with(line, _loaded(line, counters, settings.models[name]))
+
+
+def _work_with(line: Line, bench: Bench) -> str:
+    """Makes clips with one model until another is wanted: the name of that."""
+    line.tell("ready")
+    while (command := line.jobs.get())["do"] == "generate":
+        _work(line, bench, command)
+    return str(command["model"])
 
 
 def _die_with(parent: int) -> None:
@@ -103,24 +105,29 @@ def _die_with(parent: int) -> None:
         os._exit(0)
 
 
-def _quiet_libraries() -> None:
-    """Their progress bars have no place in a server's log."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-    from transformers.utils.logging import disable_progress_bar
+def _loaded(line: Line, counters: Counters, settings: Settings) -> Bench:
+    """A model, loaded, used once, and told about. Ends the process, with the reason told, where that fails."""
+    try:
+        from . import warming
 
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed worker would leak
-    disable_progress_bar()
+        line.tell("phase", phase="loading", model=settings.model_name)
+        warming.make_room()
+        pipe = warming.load(settings)
+        line.tell("phase", phase="warming")
+        told = warming.warm(pipe)
+        previews = fit(pipe)
+    except Exception as error:
+        from wan_runtime import WanRuntimeError
 
-
-def _prepare(line: Line, settings: Settings) -> tuple[Any, dict[str, Any]]:
-    """The pipeline, warm, and what there is to say about it."""
-    line.tell("phase", phase="importing")
-    from . import warming
-
-    line.tell("phase", phase="loading")
-    pipe = warming.load(settings)
-    line.tell("phase", phase="warming")
-    return pipe, warming.warm(pipe)
+        if not isinstance(error, (WanRuntimeError, OSError)):
+            log.exception("the model could not be prepared")
+        line.tell("fatal", message=f"{type(error).__name__}: {error}")
+        sys.exit(1)
+    line.tell("known", model=settings.model_name, **told)
+    return Bench(
+        pipe, Storage(settings.data_dir), counters, line.tell, line.check, previews, settings.embed_metadata,
+        settings.lora_dir,
+    )  # fmt: skip
 
 
 def _work(line: Line, bench: Bench, command: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ async def healthz() -> dict[str, str]:
 async def readyz(served: Served) -> JSONResponse:
     """200 while the worker is warm, else 503; the phase either way: starting, importing, loading, warming, ready."""
     state = served.engine.state
-    body = {"ready": state.ready, "phase": state.phase, "model": served.settings.model_name}
+    body = {"ready": state.ready, "phase": state.phase, "model": state.model or served.settings.model_name}
     return JSONResponse(body, 200 if state.ready else 503)
 
 

@@ -1,4 +1,4 @@
-"""The model that this server runs, as /v1/models tells it."""
+"""The models that this server runs, as /v1/models tells them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from . import Endpoint
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
-def _describe(served: Services) -> dict[str, Any]:
-    settings, state = served.settings, served.engine.state
+def _describe(served: Services, name: str) -> dict[str, Any]:
+    settings, state = served.settings.models[name], served.engine.state
     checkpoints = [path.name for path in (settings.checkpoint, settings.checkpoint_low) if path]
+    known = state.models.get(name)
+    held = len(served.settings.models) == 1 or state.model == name
     return {
-        "id": settings.model_name,
+        "id": name,
         "object": "model",
         "created": int(served.started_at),
         "owned_by": "wan-runtime",
@@ -28,13 +30,13 @@ def _describe(served: Services) -> dict[str, Any]:
         "description": (
             "The tiny demonstration model that comes with wan-runtime; name your own with --checkpoint."
             if settings.is_bundled
-            else "A WAN text-to-video checkpoint."
+            else "A WAN video checkpoint."
         ),
         "checkpoints": checkpoints,
-        "loras": [_lora(lora) for lora in (served.loras() or {}).values()],
-        "phase": state.phase,
-        "limits_and_defaults": profile_fields(state.profile) if state.profile else None,
-        "runtime": state.facts or None,
+        "loras": [_lora(lora) for lora in (served.loras(name) or {}).values()],
+        "phase": state.phase if held else "unloaded",
+        "limits_and_defaults": profile_fields(known.profile) if known else None,
+        "runtime": known.facts if known else None,
         "worker": {"pid": state.pid, **state.counters.read()},
     }
 
@@ -46,24 +48,26 @@ def _lora(lora: Lora) -> dict[str, Any]:
 
 @router.get("")
 def list_models(served: Served) -> dict[str, Any]:
-    """The one model served."""
-    return {"object": "list", "data": [_describe(served)]}
+    """The models served, the first being the one that is meant where a create names none."""
+    return {"object": "list", "data": [_describe(served, name) for name in served.settings.models]}
 
 
 @router.get("/{model}")
 def retrieve_model(model: str, served: Served) -> dict[str, Any]:
-    """The model by its name."""
-    if model != served.settings.model_name:
+    """A model by its name."""
+    if model not in served.settings.models:
         raise unknown_model(model, served)
-    return _describe(served)
+    return _describe(served, model)
 
 
 def unknown_model(model: str, served: Services) -> ApiError:
     """The client named a model that is not served."""
+    names = list(served.settings.models)
+    there = f"{names[0]!r} is" if len(names) == 1 else f"there are {', '.join(names)}"
     return ApiError(
         404,
         "model_not_found",
-        f"The model {model[:80]!r} is not served here; {served.settings.model_name!r} is. It may also be left out.",
+        f"The model {model[:80]!r} is not served here; {there}. It may also be left out.",
         param="model",
     )
 

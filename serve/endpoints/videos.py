@@ -142,35 +142,37 @@ def find(video_id: str, served: Services) -> Job:
 async def create_video(request: Request, response: Response, served: Served, asker: Asker) -> Video:
     """Puts a clip in the queue. Everything is checked here, before the model sees it."""
     asked, reference = await read_create(request)
-    if asked.model is not None and asked.model != served.settings.model_name:
-        raise unknown_model(asked.model, served)
-    profile = _profile(served)
+    model = served.settings.model_name if asked.model is None else asked.model
+    if model not in served.settings.models:
+        raise unknown_model(model, served)
+    profile = _profile(served, model)
     key, fingerprint = idempotency(request, asked)
     job = await run_in_threadpool(repeated, served, asker.owner, key, fingerprint) if key else None
     if job is None:
-        loras = await run_in_threadpool(served.loras) if asked.lora else None
+        loras = await run_in_threadpool(served.loras, model) if asked.lora else None
         clip = clip_request(asked, profile, loras)
-        terms = terms_of(served, clip, key, fingerprint)
+        terms = terms_of(served, model, clip, key, fingerprint)
         picture: bytes | None = None
         if reference is not None:
             clip, picture = await served.intake.take(reference, clip)
         async with served.creating:
             check_limits(asker, served)
-            job = await run_in_threadpool(add_job, served, clip, asker.owner, terms, picture)
+            job = await run_in_threadpool(add_job, served, model, clip, asker.owner, terms, picture)
         served.engine.wake()
     response.headers["openai-poll-after-ms"] = str(served.engine.forecast.poll_after_ms(job))
     return await run_in_threadpool(describe, job, served)
 
 
-def _profile(served: Services) -> ClipProfile:
+def _profile(served: Services, model: str) -> ClipProfile:
     state = served.engine.state
     if served.engine.draining:
         message = "The server is stopping and takes no more jobs. Ask again when it is back."
         raise ApiError(503, "server_draining", message, headers={"Retry-After": "10"})
-    if state.profile is None:
+    known = state.models.get(model)
+    if known is None:
         message = f"The model is not ready yet ({state.phase}). /readyz says when it is."
         raise ApiError(503, "model_not_ready", message, headers={"Retry-After": "2"})
-    return state.profile
+    return known.profile
 
 
 async def _known_query(request: Request) -> None:

@@ -1,12 +1,36 @@
-// What a clip is made from besides words: a start image, where the model takes one, and LoRAs, where there are any.
+// What a clip is made from besides words: the model, where there are several, a start image, where it takes one, and
+// LoRAs, where there are any.
 
 const $ = (id) => document.getElementById(id);
 const input = $("input_reference");
-const list = $("loras").querySelector("ul");
+const styles = $("loras").querySelector("ul");
 const NOTES = {
   optional: "PNG, JPEG or WebP; cropped around its middle to the frame. Without one the words decide.",
   required: "PNG, JPEG or WebP; cropped around its middle to the frame. This model needs one.",
 };
+
+let change = () => {};
+
+// Offers the models, and calls `prepare` with the chosen one, now and whenever it is another.
+export function list(served, prepare) {
+  const choice = $("served");
+  const draft = JSON.parse(sessionStorage.getItem("draft") || "{}").model;
+  $("which").hidden = served.length < 2;
+  choice.replaceChildren(...served.map(({ id }) => Object.assign(document.createElement("option"), { value: id, textContent: id })));
+  choice.value = served.some(({ id }) => id === draft) ? draft : served[0].id;
+  const chosen = (fresh) => prepare(served.find(({ id }) => id === choice.value), fresh);
+  change = () => chosen(true);
+  choice.onchange = change;
+  chosen(false);
+}
+
+// The model of an earlier clip, if it is still there.
+export function select(name) {
+  const choice = $("served");
+  if (choice.value === name || ![...choice.options].some(({ value }) => value === name)) return;
+  choice.value = name;
+  change();
+}
 
 export function offer(model, loras) {
   $("start").hidden = model.takes_image === "none";
@@ -14,7 +38,7 @@ export function offer(model, loras) {
   $("start-note").textContent = NOTES[model.takes_image] ?? "";
   $("loras").hidden = loras.length === 0;
   const held = chosen();
-  list.replaceChildren(...loras.map(({ name }) => row(name, held[name])));
+  styles.replaceChildren(...loras.map(({ name }) => row(name, held[name])));
 }
 
 function row(name, strength) {
@@ -34,12 +58,12 @@ function row(name, strength) {
 
 // {name: strength} of those that are ticked.
 export function chosen() {
-  const ticked = [...list.children].filter((item) => item.querySelector("[type=checkbox]").checked);
+  const ticked = [...styles.children].filter((item) => item.querySelector("[type=checkbox]").checked);
   return Object.fromEntries(ticked.map((item) => [item.querySelector("[type=checkbox]").value, Number(item.querySelector("[type=number]").value)]));
 }
 
 export function choose(strengths) {
-  for (const item of list.children) {
+  for (const item of styles.children) {
     const [box, amount] = item.querySelectorAll("input");
     box.checked = box.value in strengths;
     amount.disabled = !box.checked;

@@ -40,9 +40,9 @@ const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 async function meet() {
   for (;;) {
     try {
-      const [first] = (await (await call("/v1/models")).json()).data;
-      describe(first);
-      if (first.limits_and_defaults) return prepare(first);
+      const served = (await (await call("/v1/models")).json()).data;
+      describe(served.find(({ phase }) => phase !== "unloaded") ?? served[0]);
+      if (served.every((one) => one.limits_and_defaults)) return materials.list(served, prepare);
     } catch (error) {
       $("model").textContent = error instanceof Refusal ? error.message : "The server does not answer. Trying again…";
       if (error.status === 401) return;
@@ -59,13 +59,14 @@ function describe({ id, phase, runtime }) {
   $("model").replaceChildren(name, ` ${facts.filter(Boolean).join(" · ")}`);
 }
 
-function prepare(found) {
+function prepare(found, fresh) {
   model = found.limits_and_defaults;
   const draft = JSON.parse(sessionStorage.getItem("draft") || "{}");
   for (const name of ["width", "height"]) Object.assign(form[name], { min: model.size_multiple, step: model.size_multiple });
   form.num_frames.max = model.max_frames;
   const fields = ["width", "height", "num_frames", "fps", "num_inference_steps", "guidance_scale"];
-  for (const name of fields) form[name].value = draft[name] || model[name];
+  const same = !fresh && (!draft.model || draft.model === found.id); // another model has other defaults
+  for (const name of fields) form[name].value = (same && draft[name]) || model[name];
   for (const name of ["prompt", "negative_prompt", "seed"]) form[name].value ||= draft[name] || "";
   materials.offer(model, found.loras);
   drawShapes();
@@ -115,6 +116,7 @@ function tellLength() {
 
 function asked() {
   const body = { prompt: form.prompt.value.trim() };
+  if (form.model.value) body.model = form.model.value;
   if (form.negative_prompt.value.trim()) body.negative_prompt = form.negative_prompt.value.trim();
   for (const name of ["width", "height", "num_frames", "fps", "num_inference_steps", "guidance_scale", "seed"]) {
     if (form[name].value !== "") body[name] = Number(form[name].value);
@@ -167,6 +169,7 @@ function refuse(error) {
 }
 
 async function again(video) {
+  materials.select(video.model);
   for (const name of ["prompt", "negative_prompt", "num_frames", "fps", "num_inference_steps", "guidance_scale", "seed"]) form[name].value = video[name];
   [form.width.value, form.height.value] = video.size.split("x");
   materials.choose(video.lora);

@@ -14,7 +14,9 @@ from wan_runtime.serve.costs import clip_seconds
 from wan_runtime.serve.errors import ApiError
 from wan_runtime.serve.services import Services, open_services
 from wan_runtime.serve.settings import Settings
+from wan_runtime.serve.state import Known
 
+MODEL = "wan-tiny"
 SECONDS = clip_seconds(SPEED, CLIP, PROFILE)
 
 
@@ -23,36 +25,38 @@ def services(tmp_path: Path) -> Iterator[Services]:
     """The parts of a server whose worker is never started, but which has a warm one's measures."""
     settings = Settings(data_dir=tmp_path, max_queue_seconds=2.5 * SECONDS, max_job_seconds=1.5 * SECONDS)
     services = open_services(settings, lambda reason: None)
-    services.engine.state = replace(services.engine.state, phase="ready", profile=PROFILE, speed=SPEED)
+    services.engine.state = replace(
+        services.engine.state, phase="ready", models={MODEL: Known(PROFILE, {}, SPEED)}
+    )
     yield services
     services.close()
 
 
 def test_a_clip_that_would_take_too_long_is_refused_with_the_numbers(services: Services) -> None:
     with pytest.raises(ApiError) as refused:
-        terms_of(services, replace(CLIP, num_inference_steps=100), None, None)
+        terms_of(services, MODEL, replace(CLIP, num_inference_steps=100), None, None)
     assert (refused.value.status, refused.value.code) == (422, "clip_too_costly")
     assert "832x480 with 81 frames in 100 steps" in refused.value.message
     assert f"a clip may take {1.5 * SECONDS:.0f} s" in refused.value.message
 
 
 def test_a_full_queue_is_refused_with_a_time_that_the_client_waits(services: Services) -> None:
-    terms = terms_of(services, CLIP, None, None)
+    terms = terms_of(services, MODEL, CLIP, None, None)
     assert terms.cost_seconds == pytest.approx(SECONDS)
-    jobs = [add_job(services, CLIP, None, terms) for _ in range(2)]
+    jobs = [add_job(services, MODEL, CLIP, None, terms) for _ in range(2)]
     with pytest.raises(ApiError) as refused:
-        add_job(services, CLIP, None, terms)
+        add_job(services, MODEL, CLIP, None, terms)
     assert (refused.value.status, refused.value.code) == (429, "queue_full")
     assert "2 jobs are waiting" in refused.value.message
     assert 1 <= int(refused.value.headers["Retry-After"]) <= 120  # the client honours no longer ones
     assert len(services.store.with_status("queued")) == 2
     services.store.delete(jobs[0].id, unless="in_progress")
-    assert add_job(services, CLIP, None, terms).status == "queued"
+    assert add_job(services, MODEL, CLIP, None, terms).status == "queued"
 
 
 def test_a_queued_job_is_done_after_those_before_it(services: Services) -> None:
-    terms = terms_of(services, CLIP, None, None)
-    first, second = (add_job(services, CLIP, None, terms) for _ in range(2))
+    terms = terms_of(services, MODEL, CLIP, None, None)
+    first, second = (add_job(services, MODEL, CLIP, None, terms) for _ in range(2))
     eta = services.engine.forecast.eta
     assert eta(first) == pytest.approx(SECONDS)
     assert eta(second) == pytest.approx(2 * SECONDS)

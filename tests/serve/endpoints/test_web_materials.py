@@ -36,8 +36,12 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     for seed, name in enumerate(("film", "Ink wash v1.5")):
         save_file(original_names(seed), loras / f"{name}.safetensors")
     base = image_to_video.base(folder / "base", expand_timesteps=True)
-    options = ["--checkpoint", str(tiny_checkpoint()), "--base", str(base), "--lora-dir", str(loras)]
-    with running(folder / "data", *options) as server:
+    file = folder / "wan.toml"
+    file.write_text(
+        f'[models.pictures]\ncheckpoint = "{tiny_checkpoint()}"\nbase = "{base}"\nlora-dir = "{loras}"\n'
+        f'[models.words]\ncheckpoint = "{tiny_checkpoint()}"\n'
+    )
+    with running(folder / "data", "--config", str(file)) as server:
         server.wait_ready()
         yield server
 
@@ -88,8 +92,9 @@ def test_the_keyboard_is_enough(browser: Browser, rich: Server, tmp_path: Path) 
     with visit(browser, rich) as page:
         ask(page, f"{PROMPT}, keyed")
         page.locator("#prompt").focus()
-        page.keyboard.press("Tab")
-        expect(page.locator("#input_reference")).to_be_focused()
+        for wanted in ("#served", "#input_reference"):
+            page.keyboard.press("Tab")
+            expect(page.locator(wanted)).to_be_focused()
         with page.expect_file_chooser() as chooser:
             page.keyboard.press("Enter")
         chooser.value.set_files([photo()])
@@ -118,8 +123,32 @@ def test_a_phone_shows_both_in_its_width(browser: Browser, rich: Server) -> None
         assert page.evaluate("document.documentElement.scrollWidth") == 360
 
 
+def test_a_model_is_chosen_and_chosen_again(browser: Browser, rich: Server) -> None:
+    with visit(browser, rich) as page:
+        choice = page.locator("#served")
+        expect(choice).to_have_value("pictures", timeout=SECONDS)
+        ask(page, f"{PROMPT}, chosen")
+        choice.focus()
+        page.keyboard.press("ArrowDown")
+        expect(choice).to_have_value("words")
+        expect(page.locator("#start")).to_be_hidden()
+        expect(page.locator("#loras")).to_be_hidden()
+        expect(page.locator("#width")).to_have_value("128")  # this model's own
+        page.reload()
+        expect(choice).to_have_value("words")
+        ask(page, f"{PROMPT}, chosen")
+        page.get_by_role("button", name="Roll").click()
+        done = only(page, f"{PROMPT}, chosen")
+        choice.select_option("pictures")
+        expect(page.locator("#start")).to_be_visible()
+        done.get_by_role("button", name="Again with this seed").click()
+        expect(choice).to_have_value("words")
+        expect(page.locator("#width")).to_have_value("64")
+
+
 def test_a_model_of_text_alone_without_loras_shows_neither(browser: Browser, server: Server) -> None:
     with visit(browser, server) as page:
         expect(page.locator("#roll")).to_be_enabled(timeout=SECONDS)
+        expect(page.locator("#served")).to_be_hidden()
         expect(page.locator("#start")).to_be_hidden()
         expect(page.locator("#loras")).to_be_hidden()
