@@ -14,10 +14,10 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from openai.types import Video
 from safetensors.torch import save_file
 
 from tests.serve.conftest import QUICK, Server, running
+from tests.serve.test_start_images import frames_of
 from tests.test_adapters import broken, diffusers_names, original_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
@@ -41,13 +41,6 @@ def styled(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     with running(tmp_path_factory.mktemp("styled"), "--lora-dir", str(folder)) as server:
         server.wait_ready()
         yield server
-
-
-def frames_of(client: openai.OpenAI, video: Video) -> Any:
-    assert video.status == "completed", video.error
-    content = client.videos.download_content(video.id).content
-    with av.open(io.BytesIO(content)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int)
 
 
 def test_the_folders_loras_are_listed_with_the_model(styled: Server, server: Server, folder: Path) -> None:
