@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import pictures
@@ -39,13 +38,7 @@ class Bench:
     check: Callable[[str], None]
     preview_map: Map
     embed: bool = True
-    lora_dir: Path | None = None
-
-    def loras(self) -> dict[str, Lora]:
-        """The LoRAs that a job may name, as they are now."""
-        from wan_runtime import list_loras
-
-        return {} if self.lora_dir is None else list_loras(self.lora_dir)
+    loras: Callable[[], Mapping[str, Lora]] = dict
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from typing import IO, Annotated
 
 from fastapi import Depends, Request
 
-from wan_runtime import Lora, list_loras
+from wan_runtime import Lora
 
 from .engine import Engine
 from .jobs import STATUSES, JobStore
 from .keys import KeyRing
+from .made_with import loras_of
 from .settings import Settings
 from .start_images import Intake, open_intake
 from .storage import Storage
@@ -41,8 +42,8 @@ class Services:
 
     def loras(self, model: str) -> dict[str, Lora] | None:
         """The LoRAs that clients of a model may name now, or None where the operator has no folder of them."""
-        folder = self.settings.models[model].lora_dir
-        return None if folder is None else list_loras(folder)
+        settings = self.settings.models[model]
+        return None if settings.lora_dir is None else loras_of(settings)
 
     def start(self) -> None:
         """Begins the work, and returns at once."""

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from .counters import Counters
+from .made_with import loras_of
 from .making import Bench, Cancelled, free, make
 from .previews import fit
 from .settings import Settings
@@ -126,7 +127,7 @@ def _loaded(line: Line, counters: Counters, settings: Settings) -> Bench:
     line.tell("known", model=settings.model_name, **told)
     return Bench(
         pipe, Storage(settings.data_dir), counters, line.tell, line.check, previews, settings.embed_metadata,
-        settings.lora_dir,
+        lambda: loras_of(settings),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Start images and LoRAs on a GPU, whose blocks run fused: the clip is the image's, and a LoRA leaves nothing behind."""
+"""Start images and LoRAs on a GPU, whose blocks run fused: the clip is the image's, a LoRA leaves nothing behind."""
 
 from __future__ import annotations
 

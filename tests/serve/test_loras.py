@@ -134,6 +134,24 @@ def test_strengths_that_nobody_could_tell_apart_are_refused(styled: Server) -> N
     assert refused.value.code == "invalid_lora" and "2 names and 1 strengths" in refused.value.message
 
 
+@pytest.mark.long
+def test_a_folder_that_goes_away_fails_its_jobs_and_not_the_server(tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    save_file(original_names(1), folder / "film.safetensors")
+    with running(tmp_path / "data", "--lora-dir", str(folder)) as server, server.client() as client:
+        server.wait_ready()
+        client.videos.create(prompt=PROMPT, extra_body={**ASKED, "num_inference_steps": 40})
+        waiting = client.videos.create(prompt=PROMPT, extra_body={**ASKED, "lora": "film"})
+        (folder / "film.safetensors").unlink()
+        folder.rmdir()
+        failed = client.videos.poll(waiting.id)
+        assert failed.error is not None and failed.error.code == "lora_not_found"
+        assert str(tmp_path) not in failed.error.message
+        assert server.get("/v1/models").json()["data"][0]["loras"] == []
+        assert client.videos.create_and_poll(prompt=PROMPT, extra_body=ASKED).status == "completed"
+
+
 def test_without_a_folder_there_are_none(client: openai.OpenAI) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as refused:
         client.videos.create(prompt=PROMPT, extra_body={"lora": "film"})
