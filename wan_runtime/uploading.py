@@ -28,7 +28,7 @@ def tensors_on(
     """(key, its tensor on the device, in the file's dtype and shape) for each key, in the order given.
 
     On the CPU a tensor is a view of the mapped file, and takes no memory of its own. To a CUDA device at most
-    THREADS * SPAN * 2 bytes are on the way. Raises CheckpointError when a file changed since its header was read.
+    THREADS * SPAN bytes are on the way. Raises CheckpointError when a file changed since its header was read.
     """
     if device.type == "cuda" and not header.mapped and hasattr(os, "preadv"):
         yield from uploaded(header, keys, GpuLane(device))
@@ -70,7 +70,7 @@ def uploaded(
             return job.span, ring.through(partial(_fill, job), partial(_copies, job))
 
         jobs = map(job, spans(header.entries, keys, span))
-        read = ahead(jobs, work, lambda job: job.span.size, threads=threads, budget=2 * threads * span)
+        read = ahead(jobs, work, lambda job: job.span.size, threads=threads, budget=threads * span)
         stack.enter_context(contextlib.closing(read))
         for found, fence in read:
             files.close_before(found.file)
