@@ -116,9 +116,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in ordered(rows):
         lines.append(
             f"| {row['model']} | {row['config']} | {row['step_s']:.3f} | {row['first_s']:.1f} | "
-            f"{row.get('peak_gib', 0):.1f} | {row.get('relerr', 0):.3f} |"
+            f"{row.get('peak_gib', 0):.1f} | {_error(row)} |"
         )
     return "\n".join(lines)
+
+
+def _error(row: dict[str, Any]) -> str:
+    return f"{row['relerr']:.3f}" if "relerr" in row else "not measured"
 
 
 def ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
