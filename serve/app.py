@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncIterator
 
 from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
@@ -16,10 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wan_runtime import Catalogue
 
-from . import errors
+from . import errors, openapi
 from .auth import admit
 from .endpoints import Endpoint
 from .guards import Bodies, Origins, SecurityHeaders
+from .methods import methods_of
 from .metrics import Metrics, Observed
 from .services import Services
 from .settings import Settings, is_loopback
@@ -68,15 +70,21 @@ def create_app(services: Services) -> FastAPI:
         summary="Text-to-video with quantised WAN checkpoints, over OpenAI's /v1/videos.",
         lifespan=lifespan,
         middleware=_middleware(services.settings, metrics),
+        responses=openapi.ERRORS,
         docs_url=None,  # its pages load their scripts from elsewhere; /openapi.json is ours
         redoc_url=None,
     )
     app.state.services = services
     app.state.metrics = metrics
-    errors.install(app)
-    for name in ENDPOINTS:
-        endpoint = ENDPOINTS[name]
-        app.include_router(endpoint.router, dependencies=[] if endpoint.public else [Depends(admit)])
+    endpoints = [ENDPOINTS[name] for name in ENDPOINTS]
+    errors.install(app, methods_of(route for endpoint in endpoints for route in endpoint.router.routes))
+    guarded = [Depends(admit)]
+    if services.settings.api_keys:
+        guarded.append(
+            Depends(HTTPBearer(auto_error=False))
+        )  # refuses nothing: it says in the schema what admit does
+    for endpoint in endpoints:
+        app.include_router(endpoint.router, dependencies=[] if endpoint.public else guarded)
     return app
 
 

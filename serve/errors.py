@@ -7,7 +7,7 @@ a value that cannot be served, 404 for what is not there, 503 while the model lo
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -61,8 +61,11 @@ def not_found(video_id: str) -> ApiError:
     )
 
 
-def install(app: FastAPI) -> None:
-    """Puts the envelope around every error that `app` can answer with, also those of the framework."""
+def install(app: FastAPI, methods_of: Callable[[str], list[str]]) -> None:
+    """Puts the envelope around every error that `app` can answer with, also those of the framework.
+
+    `methods_of` tells the methods that a path takes.
+    """
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -80,7 +83,10 @@ def install(app: FastAPI) -> None:
         code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "http_error")
         phrase = HTTPStatus(error.status_code).phrase
         message = f"{request.method} {request.url.path[:200]}: {phrase}."
-        return _answer(request, error.status_code, code, message, None, dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405 and (methods := methods_of(request.url.path)):
+            headers["allow"] = ", ".join(methods)
+        return _answer(request, error.status_code, code, message, None, headers)
 
     @app.exception_handler(Exception)
     async def defect(request: Request, error: Exception) -> JSONResponse:

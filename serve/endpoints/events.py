@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from ..events import LAST
 from ..jobs import Job
+from ..openapi import EVENTS
 from ..services import Served, Services
 from . import Endpoint
 from .videos import find
@@ -23,7 +24,7 @@ QUIET_SECONDS = 15.0  # after which a comment keeps proxies from closing the con
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
-@router.get("/{video_id}/events", response_class=StreamingResponse)
+@router.get("/{video_id}/events", response_class=StreamingResponse, responses=EVENTS)
 async def video_events(video_id: str, request: Request, served: Served) -> Response:
     """Events queued, loading, text, step, decode, encode, preview, and at last done, failed or deleted.
 

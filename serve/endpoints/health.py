@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
+from ..openapi import NOT_READY, Readiness
 from ..services import Served
 from . import Endpoint
 
@@ -17,7 +18,7 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz")
+@router.get("/readyz", response_model=Readiness, responses=NOT_READY)
 async def readyz(served: Served) -> JSONResponse:
     """200 while the worker is warm, else 503; the phase either way: starting, importing, loading, warming, ready."""
     state = served.engine.state

@@ -17,6 +17,7 @@ from ..admission import add_job, idempotency, repeated, terms_of
 from ..auth import Asker, check_limits
 from ..errors import ApiError, not_found
 from ..jobs import Job
+from ..openapi import binary, create_body
 from ..parsing import CreateVideo, clip_request, read_create
 from ..services import Served, Services
 from ..stopping import stop_job
@@ -33,16 +34,9 @@ VARIANTS: dict[str, tuple[str, Callable[[Storage, str], Path]]] = {
     "spritesheet": ("image/jpeg", Storage.spritesheet),
     "start_image": ("image/png", Storage.start_image),
 }
+CONTENT = binary(*(kind for kind, _ in VARIANTS.values()))
 NO_RETRY = {"x-should-retry": "false"}
-BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            kind: {"schema": CreateVideo.model_json_schema()}
-            for kind in ("multipart/form-data", "application/json")
-        },
-    }
-}
+BODY = {"requestBody": create_body(CreateVideo)}
 
 
 class VideoError(BaseModel):
@@ -212,7 +206,7 @@ def retrieve_video(video_id: str, response: Response, served: Served) -> Video:
     return describe(job, served)
 
 
-@router.get("/{video_id}/content", response_class=FileResponse)
+@router.get("/{video_id}/content", response_class=FileResponse, responses=CONTENT)
 def download_content(video_id: str, served: Served, variant: str = "video") -> FileResponse:
     """The finished clip as MP4, its thumbnail as WebP, a spritesheet as JPEG, or what it began with as PNG."""
     job = find(video_id, served)
