@@ -18,6 +18,7 @@ from rich.console import Console
 from . import keys
 from .app import create_app
 from .config import TABLES, from_file, with_models
+from .connections import http_config
 from .draining import DrainingServer
 from .dry_run import plan
 from .keys_cli import keys_app
@@ -35,7 +36,6 @@ DEFAULTS = Settings()
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+")
 HOST = re.compile(r"[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*(:[0-9]{1,5})?")
 LEVELS = ("debug", "info", "warning", "error")
-GRACE_SECONDS = 10  # for answers under way when the server is told to stop
 
 
 def _absolute(path: Path | None) -> Path | None:
@@ -159,14 +159,7 @@ def run(settings: Settings) -> int:
 
     with _listen(settings) as listening:
         services = _open(settings, on_fatal)
-        config = uvicorn.Config(
-            create_app(services),
-            log_config=None,
-            access_log=settings.log_level == "debug",  # pollers would fill the log
-            timeout_graceful_shutdown=GRACE_SECONDS,
-            server_header=False,
-        )
-        server = DrainingServer(config, services)
+        server = DrainingServer(http_config(create_app(services), settings), services)
         if settings.is_bundled:
             log.info("no --checkpoint was given: serving the bundled tiny model, which draws moving shapes")
         name = f"[{settings.host}]" if ":" in settings.host else settings.host

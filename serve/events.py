@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import secrets
 import threading
 from collections import OrderedDict, defaultdict
@@ -18,6 +19,7 @@ from typing import Any
 
 MAX_JOBS = 256  # whose events are kept
 MAX_EVENTS = 512  # of one job: 200 steps, the decoded chunks of 257 frames, and the rest
+HANDFUL = 16  # readers of an event that are written to without a pause
 LAST = ("done", "failed", "deleted")  # nothing comes after one of these
 
 
@@ -28,6 +30,12 @@ class Event:
     number: int
     name: str
     data: Mapping[str, Any]
+    text: str  # as it goes to each of its readers, of whom there may be hundreds
+
+
+def written(event_id: str, name: str, data: Mapping[str, Any]) -> str:
+    """An event as it stands in a stream."""
+    return f"id: {event_id}\nevent: {name}\ndata: {json.dumps(dict(data), separators=(',', ':'))}\n\n"
 
 
 class Hub:
@@ -52,7 +60,8 @@ class Hub:
             log = self._logs.setdefault(job_id, [])
             if name == "preview":
                 log[:] = [event for event in log if event.name != "preview"]
-            log.append(Event(self._number, name, data))
+            text = written(f"{self.epoch}-{self._number}", name, data)
+            log.append(Event(self._number, name, data, text))
             del log[:-MAX_EVENTS]
             self._logs.move_to_end(job_id)
             while len(self._logs) > MAX_JOBS:
@@ -74,8 +83,14 @@ class Hub:
                 loop.call_soon_threadsafe(self._ring, job_id)
 
     def _ring(self, job_id: str) -> None:
-        for bell in self._bells.get(job_id, ()):
+        self._ring_all(list(self._bells.get(job_id, ())))
+
+    def _ring_all(self, bells: list[asyncio.Event]) -> None:
+        """A few at a time: between two handfuls of readers the loop serves whoever else has asked."""
+        for bell in bells[:HANDFUL]:
             bell.set()
+        if self._loop is not None and bells[HANDFUL:]:
+            self._loop.call_soon(self._ring_all, bells[HANDFUL:])
 
     def read_jobs(self) -> list[str]:
         """The jobs whose events somebody reads now."""

@@ -40,20 +40,25 @@ class Forecast:
         step = costs.step_seconds(known.speed, request, known.profile.size_multiple)
         return (request.num_inference_steps - job.step) * step + tail
 
+    def outlook(self, job: Job) -> tuple[int | None, float | None]:
+        """How many jobs wait before a queued one, and the seconds until it or a running one is done; else None."""
+        if job.status == "in_progress":
+            return None, self.left(job)
+        if job.status != "queued":
+            return None, None
+        jobs, before = self._store.waiting(job)
+        running = sum(map(self.left, self._store.with_status("in_progress")))
+        return jobs, running + before + self.seconds(job.request, job.model)
+
     def eta(self, job: Job) -> float | None:
         """Seconds until a queued or running job is done, or None for one that has ended."""
-        if job.status == "in_progress":
-            return self.left(job)
-        if job.status != "queued":
-            return None
-        _, before = self._store.waiting(job)
-        running = sum(map(self.left, self._store.with_status("in_progress")))
-        return running + before + self.seconds(job.request, job.model)
+        return self.outlook(job)[1]
 
-    def poll_after_ms(self, job: Job) -> int:
-        """When to ask for this job again. The client reads this once, on its first poll."""
-        low, high = POLL_MS
-        return round(min(max(1000 * (self.eta(job) or 0.0) / POLL_SHARE, low), high))
+
+def poll_after_ms(eta: float | None) -> int:
+    """When to ask again for a job that is done in so many seconds. The client reads this once, on its first poll."""
+    low, high = POLL_MS
+    return round(min(max(1000 * (eta or 0.0) / POLL_SHARE, low), high))
 
 
 def _request(request: Mapping[str, Any] | ClipRequest) -> ClipRequest:

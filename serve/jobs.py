@@ -1,8 +1,9 @@
 """Jobs in SQLite: the one truth about what was asked and what became of it.
 
 Write-ahead logging keeps what was written when the process is killed. Only this process writes (the data directory is
-locked), so one connection behind one lock is enough, and every method is one transaction. `serve/schema.py` has the
-columns.
+locked), so one connection behind one lock is enough, and every method is one transaction. Reads have a connection of
+their own: they see all that was committed, and wait for no writer's disk, so that a request may read where it stands.
+`serve/schema.py` has the columns.
 """
 
 from __future__ import annotations
@@ -88,21 +89,23 @@ class JobStore:
     """The table of jobs. Safe to use from any thread of this process."""
 
     def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._db.row_factory = sqlite3.Row
+        self._lock, self._read_lock = threading.Lock(), threading.Lock()
+        self._db, self._reader = _connect(path), _connect(path)
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             migrate(self._db, path)
+            self._reader.execute("PRAGMA query_only = ON")
         except BaseException:
             self._db.close()
+            self._reader.close()
             raise
 
     def close(self) -> None:
         """Ends the connection; the store cannot be used after."""
-        with self._lock:
+        with self._lock, self._read_lock:
             self._db.close()
+            self._reader.close()
 
     def _rows(self, sql: str, *values: object) -> list[Job]:
         with self._lock:
@@ -111,9 +114,9 @@ class JobStore:
     def _execute(self, sql: str, *values: object) -> list[Job]:
         return [_job(dict(row)) for row in self._db.execute(sql, values).fetchall()]
 
-    def _one(self, sql: str, *values: object) -> Job | None:
-        rows = self._rows(sql, *values)
-        return rows[0] if rows else None
+    def _read(self, sql: str, *values: object) -> list[Job]:
+        with self._read_lock:
+            return [_job(dict(row)) for row in self._reader.execute(sql, values).fetchall()]
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -146,7 +149,7 @@ class JobStore:
                 if before[0].fingerprint != terms.fingerprint:
                     raise KeyReused
                 return before[0]
-            jobs, seconds = self._waiting()
+            jobs, seconds = _waiting(self._db)
             full = jobs >= terms.max_queue_jobs or seconds + terms.cost_seconds > terms.max_queue_seconds
             if jobs and full:
                 raise QueueFull(jobs, seconds)
@@ -160,27 +163,22 @@ class JobStore:
 
     def by_key(self, owner: str | None, key: str) -> Job | None:
         """The job that an owner's idempotency key made, if it is still there."""
-        return self._one(BY_KEY, owner or "", key)
-
-    def _waiting(self, before: float = float("inf")) -> tuple[int, float]:
-        sql = "SELECT count(*), coalesce(sum(cost_seconds), 0) FROM jobs WHERE status = 'queued' AND seq < ?"
-        jobs, seconds = self._db.execute(sql, (before,)).fetchone()
-        return int(jobs), float(seconds)
+        return _first(self._read(BY_KEY, owner or "", key))
 
     def waiting(self, before: Job | None = None) -> tuple[int, float]:
         """How many jobs are queued, all or those before one, and the seconds that they were predicted to take."""
-        with self._lock:
-            return self._waiting(before.seq if before else float("inf"))
+        with self._read_lock:
+            return _waiting(self._reader, before.seq if before else float("inf"))
 
     def active(self, owner: str) -> int:
         """How many of an owner's jobs are queued or running."""
-        with self._lock:
+        with self._read_lock:
             sql = "SELECT count(*) FROM jobs WHERE owner = ? AND status IN ('queued', 'in_progress')"
-            return int(self._db.execute(sql, (owner,)).fetchone()[0])
+            return int(self._reader.execute(sql, (owner,)).fetchone()[0])
 
     def get(self, job_id: str) -> Job | None:
         """The job, or None."""
-        return self._one("SELECT * FROM jobs WHERE id = ?", job_id)
+        return _first(self._read("SELECT * FROM jobs WHERE id = ?", job_id))
 
     def page(
         self, *, after: Job | None, limit: int, newest_first: bool, owner: str | None = None
@@ -194,24 +192,24 @@ class JobStore:
             conditions["owner = ?"] = owner
         where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
         sql = f"SELECT * FROM jobs {where} ORDER BY seq {order} LIMIT ?"
-        return self._rows(sql, *conditions.values(), limit)
+        return self._read(sql, *conditions.values(), limit)
 
     def with_status(self, status: Status) -> list[Job]:
         """All jobs of a status, in order of arrival."""
-        return self._rows("SELECT * FROM jobs WHERE status = ? ORDER BY seq", status)
+        return self._read("SELECT * FROM jobs WHERE status = ? ORDER BY seq", status)
 
     def finished(self) -> list[Job]:
         """The jobs that have ended, either way, those that ended first coming first."""
         sql = "SELECT * FROM jobs WHERE status IN ('completed', 'failed') ORDER BY completed_at, seq"
-        return self._rows(sql)
+        return self._read(sql)
 
     def next(self) -> Job | None:
         """The oldest queued job, or None."""
-        return self._one("SELECT * FROM jobs WHERE status = 'queued' ORDER BY seq LIMIT 1")
+        return _first(self._rows("SELECT * FROM jobs WHERE status = 'queued' ORDER BY seq LIMIT 1"))
 
     def claim(self, made_with: Mapping[str, Any] | None = None, *, only: str | None = None) -> Job | None:
         """Takes the oldest queued job (if it is `only`) to run it with what `made_with` describes, or None."""
-        return self._one(
+        rows = self._rows(
             "UPDATE jobs SET status = 'in_progress', phase = 'starting', step = 0, attempts = attempts + 1, "
             "started_at = ?, made_with = ? WHERE seq = (SELECT min(seq) FROM jobs WHERE status = 'queued') "
             "AND id = ifnull(?, id) RETURNING *",
@@ -219,6 +217,7 @@ class JobStore:
             json.dumps(made_with) if made_with is not None else None,
             only,
         )
+        return _first(rows)
 
     def progress(self, job_id: str, *, phase: str, step: int) -> None:
         """Notes how far a running job is."""
@@ -283,6 +282,22 @@ class JobStore:
             else:
                 where = f"in the phase {job.phase!r}, after {job.step} steps"
                 self.interrupted(job, "server_restarted", f"The server ended while this job ran, {where}.")
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+    db.row_factory = sqlite3.Row
+    return db
+
+
+def _waiting(db: sqlite3.Connection, before: float = float("inf")) -> tuple[int, float]:
+    sql = "SELECT count(*), coalesce(sum(cost_seconds), 0) FROM jobs WHERE status = 'queued' AND seq < ?"
+    jobs, seconds = db.execute(sql, (before,)).fetchone()
+    return int(jobs), float(seconds)
+
+
+def _first(jobs: list[Job]) -> Job | None:
+    return jobs[0] if jobs else None
 
 
 def _job(row: dict[str, Any]) -> Job:

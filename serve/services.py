@@ -82,7 +82,7 @@ def open_services(settings: Settings, on_fatal: Callable[[str], None]) -> Servic
     return services
 
 
-def _of(request: Request) -> Services:
+async def _of(request: Request) -> Services:  # async, or each request would wait for a thread to do this
     services: Services = request.app.state.services
     return services
 

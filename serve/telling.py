@@ -30,7 +30,7 @@ class Teller:
             "steps": int(job.request["num_inference_steps"]),
         }
         if job.status in ("queued", "in_progress"):
-            eta = self._forecast.eta(job)
+            place, eta = self._forecast.outlook(job)
             data["eta_seconds"] = round(eta, 1) if eta is not None else None
         if job.status == "completed":
             return "done", data
@@ -38,7 +38,7 @@ class Teller:
             return "failed", {**data, "error": {"code": job.error_code, "message": job.error_message}}
         if job.status == "in_progress":
             return NAMES.get(job.phase or "", "step"), data
-        data["queue_position"], _ = self._store.waiting(job)
+        data["queue_position"] = place
         phase = self._state().phase
         return ("queued", data) if phase == "ready" else ("loading", {**data, "phase": phase})
 

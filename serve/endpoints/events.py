@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from ..events import LAST
+from ..events import LAST, written
 from ..jobs import Job
 from ..openapi import EVENTS
 from ..services import Served, Services
@@ -47,24 +44,23 @@ async def _stream(served: Services, job: Job, known: int | None) -> AsyncIterato
             known = hub.newest()
             now = await run_in_threadpool(served.store.get, job.id)
             name, data = await run_in_threadpool(tell.snapshot, now or job)
-            yield _written(f"{hub.epoch}-{known}", name, data)
+            yield written(f"{hub.epoch}-{known}", name, data)
             if name in LAST:
                 return
         while not hub.closed:
             bell.clear()
-            for event in hub.after(job.id, known):
-                known = event.number
-                yield _written(f"{hub.epoch}-{known}", event.name, event.data)
-                if event.name in LAST:
+            if events := hub.after(job.id, known):
+                known = events[-1].number
+                last = next((place for place, event in enumerate(events) if event.name in LAST), None)
+                yield "".join(event.text for event in (events if last is None else events[: last + 1]))
+                if last is not None:
                     return
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(bell.wait(), QUIET_SECONDS)
                 continue
-            yield ": still here\n\n"
-
-
-def _written(number: str, name: str, data: Mapping[str, Any]) -> str:
-    return f"id: {number}\nevent: {name}\ndata: {json.dumps(dict(data), separators=(',', ':'))}\n\n"
+            try:
+                async with asyncio.timeout(QUIET_SECONDS):  # wait_for would make a task of every wait
+                    await bell.wait()
+            except TimeoutError:
+                yield ": still here\n\n"
 
 
 ENDPOINT = Endpoint(router)

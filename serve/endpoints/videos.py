@@ -16,6 +16,7 @@ from wan_runtime import ClipProfile
 from ..admission import add_job, idempotency, repeated, terms_of
 from ..auth import Asker, check_limits
 from ..errors import ApiError, not_found
+from ..forecast import poll_after_ms
 from ..jobs import Job
 from ..openapi import binary, create_body
 from ..parsing import CreateVideo, clip_request, read_create
@@ -103,7 +104,8 @@ def describe(job: Job, served: Services) -> Video:
     """A job as clients see it."""
     asked = dict(job.request)
     width, height = asked.pop("width"), asked.pop("height")
-    eta, expires = served.engine.forecast.eta(job), expires_at(job, served.settings)
+    place, eta = served.engine.forecast.outlook(job)
+    expires = expires_at(job, served.settings)
     return Video(
         id=job.id,
         model=job.model,
@@ -116,7 +118,7 @@ def describe(job: Job, served: Services) -> Video:
         error=VideoError(code=job.error_code, message=job.error_message or "") if job.error_code else None,
         phase=job.phase,
         step=job.step,
-        queue_position=served.store.waiting(job)[0] if job.status == "queued" else None,
+        queue_position=place,
         eta_seconds=round(eta, 1) if eta is not None else None,
         expires_at=int(expires) if expires is not None else None,
         made_with=dict(job.made_with) if job.made_with and job.status == "completed" else None,
@@ -153,8 +155,9 @@ async def create_video(request: Request, response: Response, served: Served, ask
             check_limits(asker, served)
             job = await run_in_threadpool(add_job, served, model, clip, asker.owner, terms, picture)
         served.engine.wake()
-    response.headers["openai-poll-after-ms"] = str(served.engine.forecast.poll_after_ms(job))
-    return await run_in_threadpool(describe, job, served)
+    video = await run_in_threadpool(describe, job, served)
+    response.headers["openai-poll-after-ms"] = str(poll_after_ms(video.eta_seconds))
+    return video
 
 
 def _profile(served: Services, model: str) -> ClipProfile:
@@ -198,12 +201,16 @@ def list_videos(
 
 
 @router.get("/{video_id}", response_model=Video)
-def retrieve_video(video_id: str, response: Response, served: Served) -> Video:
+async def retrieve_video(video_id: str, served: Served) -> Response:
     """One job, with its progress in percent of denoising steps."""
-    job = find(video_id, served)
-    if job.status in ("queued", "in_progress"):
-        response.headers["openai-poll-after-ms"] = str(served.engine.forecast.poll_after_ms(job))
-    return describe(job, served)
+    # What is asked most: read here and not in another thread, and written by the model itself.
+    video = describe(find(video_id, served), served)
+    headers = (
+        {"openai-poll-after-ms": str(poll_after_ms(video.eta_seconds))}
+        if video.eta_seconds is not None
+        else {}
+    )
+    return Response(video.model_dump_json(), media_type="application/json", headers=headers)
 
 
 @router.get("/{video_id}/content", response_class=FileResponse, responses=CONTENT)

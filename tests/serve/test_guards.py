@@ -170,3 +170,44 @@ def test_a_traversing_file_name_is_written_nowhere(server: Server, tmp_path: Pat
 def test_the_schema_is_here_and_its_pages_with_foreign_scripts_are_not(server: Server) -> None:
     assert json.loads(server.get("/openapi.json").text)["info"]["title"] == "wan-serve"
     assert [server.get(path).status_code for path in ("/docs", "/redoc")] == [404, 404]
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx: "]
+)
+def test_a_head_that_trickles_in_is_given_up(hasty: Server, sent: bytes) -> None:
+    begin = time.monotonic()
+    assert talk(hasty, sent) == b""
+    assert 0.9 < time.monotonic() - begin < 8
+
+
+def test_a_second_head_that_trickles_in_is_given_up_too(hasty: Server) -> None:
+    """Whoever has been answered once could otherwise hold the connection with half a request."""
+    host, port = hasty.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        begin = time.monotonic()
+        connection.sendall(b"GET /healthz HT")
+        while connection.recv(65536):
+            pass
+        assert 0.9 < time.monotonic() - begin < 8
+
+
+def test_a_connection_that_is_answered_in_time_is_kept(hasty: Server) -> None:
+    with httpx.Client() as client:
+        assert client.get(f"{hasty.url}/healthz").status_code == 200
+        time.sleep(1.5)
+        answer = client.get(f"{hasty.url}/healthz")
+        assert answer.status_code == 200
+        assert client._transport._pool.connections[0].info().endswith("Request Count: 2")  # type: ignore[attr-defined]
+
+
+def test_heads_are_bounded(server: Server) -> None:
+    """4 MiB of one header, and of many: refused before they have all come. One read's worth may pass."""
+    for headers in (b"x: " + b"y" * 2**22, b"\r\n".join(b"x%d: %s" % (n, b"y" * 64) for n in range(60_000))):
+        try:
+            answer = talk(server, b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n" + headers + b"\r\n\r\n")
+        except ConnectionError:  # it was closed while the rest was still being sent
+            continue
+        assert answer.startswith(b"HTTP/1.1 400")
