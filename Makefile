@@ -31,9 +31,9 @@ test: check  ## The checks, then every test, with coverage printed
 test-long: $(READY)  ## The tests that `make test` leaves out: kills and hangs of the server, the whole fault matrix
 	$(BIN)/python -m pytest -m long --numprocesses 2 --dist loadfile
 
-soak: $(READY)  ## The server's long tests: 50 cancels, 100 rounds of kill -9, odd requests, a crowd
+soak: $(READY)  ## The server's long tests: 50 cancels, 100 rounds of kill -9, odd requests, a crowd, 4,000 jobs
 	WAN_SOAK=1 $(BIN)/python -m pytest tests/serve/endpoints/test_cancel.py tests/serve/test_kills.py \
-		tests/serve/test_openapi.py tests/serve/test_load.py
+		tests/serve/test_openapi.py tests/serve/test_load.py tests/serve/test_soak.py
 
 check: $(READY)  ## Format, lint, types, import layers
 	$(BIN)/ruff format --check .

@@ -2,9 +2,9 @@
 
 Starts `wan-serve` on the tiny model with one thread of arithmetic, gives it one long job and some that wait, and
 measures in turns, on the same job: nobody asks; everybody does. Pollers ask for one job's status over a connection kept
-open, as often as the server advises (`openai-poll-after-ms`) or every `--every` seconds; readers hold an event stream of
-the running job. Told are the times to answer, the time of a denoising step with and without the crowd, and how much of
-the machine other processes took meanwhile. The crowd itself runs on the same cores.
+open, as often as the server advises (`openai-poll-after-ms`) or every `--every` seconds; readers hold an event stream
+of the running job. Told are the times to answer, the time of a denoising step with and without the crowd, and what
+other processes took of the machine meanwhile. The crowd itself runs on the same cores.
 """
 
 from __future__ import annotations
