@@ -77,7 +77,7 @@ class Asker(asyncio.Protocol):
     async def ask(self, request: bytes) -> bytes:
         """Sends the request, and gives the head of its answer."""
         self.answer = asyncio.get_running_loop().create_future()
-        self.transport.write(request)
+        self.transport.write(request)  # type: ignore[attr-defined]
         return await self.answer
 
 
@@ -101,7 +101,7 @@ async def poll(port: int, job: str, every: float | None, crowd: Crowd) -> None:
     except ConnectionError:
         crowd.failed += 1
     finally:
-        asker.transport.close()  # type: ignore[attr-defined]
+        asker.transport.close()
 
 
 async def listen(port: int, job: str, crowd: Crowd) -> None:

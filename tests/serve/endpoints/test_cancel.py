@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import re
 import statistics
@@ -10,9 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import httpx
+import numpy as np
 import openai
 import pytest
+from numpy.typing import NDArray
 
 from tests.serve.conftest import QUICK, SOAK, Server, wait_for
 
@@ -42,6 +46,13 @@ def memory(server: Server) -> int:
     return int(pages) * 4096
 
 
+def frames_of(content: bytes) -> NDArray[np.int16]:
+    with av.open(io.BytesIO(content)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(
+            np.int16
+        )
+
+
 def step_seconds(server: Server) -> float:
     """How long a step takes now: between two counts of the worker's own."""
     begin, first = time.monotonic(), counted(server)["steps"]
@@ -67,7 +78,7 @@ def test_cancelled_jobs_stop_within_a_step_at_random_moments(
     server: Server, client: openai.OpenAI, started: Callable[[dict[str, Any]], str]
 ) -> None:
     chance = random.Random(5)
-    expected = None
+    expected: NDArray[np.int16] | None = None
     baseline = 0
     over: list[float] = []  # seconds that an answer took beyond one step's time
     for number in range(ROUNDS):
@@ -92,8 +103,9 @@ def test_cancelled_jobs_stop_within_a_step_at_random_moments(
         assert int(late) <= 1
         after = client.videos.create_and_poll(prompt=PROMPT, extra_body={**QUICK, "seed": 3})
         content = client.videos.download_content(after.id).content
-        expected = expected or content
-        assert content == expected, "the next clip is not what it was before"
+        expected = frames_of(content) if expected is None else expected
+        # not the bytes: on a CPU a product's last bit depends on where its operands lie, cancel or no cancel
+        assert np.abs(frames_of(content) - expected).max() <= 16, "the next clip is not what it was before"
         client.videos.delete(after.id)
         baseline = baseline or memory(server)
     assert memory(server) < baseline * 1.15 + 2**25
