@@ -92,11 +92,12 @@ EXAMPLE = {
 
 
 def create_body(model: type[BaseModel]) -> dict[str, Any]:
-    """The request body of a create. A form has no null: there a field is left out."""
+    """The request body of a create. A form has no null, where a field is left out, and no object or list, whose
+    members have fields of their own there (`input_reference[image_url]`, `lora[]`)."""
     schema = model.model_json_schema()
     for name, bounds in BOUNDS.items():
         schema["properties"][name].update(bounds)
-    form = {**schema, "properties": {name: _not_null(told) for name, told in schema["properties"].items()}}
+    form = {**schema, "properties": {name: _as_field(told) for name, told in schema["properties"].items()}}
     content = {
         kind: {"schema": told, "example": EXAMPLE}
         for kind, told in {
@@ -108,7 +109,8 @@ def create_body(model: type[BaseModel]) -> dict[str, Any]:
     return {"required": True, "content": content}
 
 
-def _not_null(told: Mapping[str, Any]) -> dict[str, Any]:
-    rest = {name: value for name, value in told.items() if name not in ("anyOf", "default")}
+def _as_field(told: Mapping[str, Any]) -> dict[str, Any]:
+    rest = {name: value for name, value in told.items() if name not in ("anyOf", "oneOf", "default")}
     [kind] = [kind for kind in told.get("anyOf", [{}]) if kind.get("type") != "null"]
-    return {**kind, **rest}
+    ways = [way for way in told.get("oneOf", []) if way.get("type") not in ("object", "array")]
+    return {**kind, **rest, **({"oneOf": ways} if ways else {})}

@@ -33,7 +33,7 @@ def decoded(url: str) -> np.ndarray[Any, Any]:
 
 def test_the_map_shows_a_clip_as_it_will_be_decoded(pipe: Any, mapping: Map) -> None:
     request = wan_runtime.clip_profile(pipe).request(
-        "a large red circle moving right on a blue background", seed=7, num_frames=5, num_inference_steps=8
+        "a large red circle moving right on a white background", seed=7, num_frames=5, num_inference_steps=8
     )
     estimates = []
     clip = wan_runtime.generate(
