@@ -18,6 +18,8 @@ import torch
 
 from wan_runtime.kernels import attention_output, gelu_quantize, norm_modulate, norm_rope, residual_norm
 from wan_runtime.kernels._rows import Launch
+from wan_runtime.kernels.quantize_mxfp8 import quantize_mxfp8
+from wan_runtime.kernels.quantize_nvfp4 import quantize_nvfp4
 
 SIZES = {
     "14B": (32760, 5120, 13824),
@@ -38,7 +40,7 @@ OTHERS = tuple(
 class Case:
     """A kernel on one size: how many bytes it has to move, what it is launched with, and the launch."""
 
-    moved: int
+    moved: float
     own: Launch
     run: Callable[[Launch], object]
 
@@ -90,6 +92,9 @@ def cases(tokens: int, width: int, ffn: int) -> dict[str, Case]:
         "quantize_rows, ffn": Case(
             3 * tokens * ffn, attention_output.LAUNCH, lambda how: ended(hidden, None, None, True, how)
         ),
+        # These have one launch: their tile is the scales' own. The first reads its input twice, for the amax.
+        "quantize_nvfp4": Case(4.5625 * quantised, Launch(), lambda how: quantize_nvfp4(x, None)),
+        "quantize_mxfp8": Case(3.03125 * quantised, Launch(), lambda how: quantize_mxfp8(x)),
     }  # fmt: skip
 
 

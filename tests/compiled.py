@@ -25,6 +25,8 @@ from wan_runtime.kernels.gelu_quantize import gelu_quantize
 from wan_runtime.kernels.norm_modulate import Modulation, norm_modulate
 from wan_runtime.kernels.norm_rope import norm_rope
 from wan_runtime.kernels.quantize_heads import quantize_heads
+from wan_runtime.kernels.quantize_mxfp8 import quantize_mxfp8
+from wan_runtime.kernels.quantize_nvfp4 import quantize_nvfp4
 from wan_runtime.kernels.residual_norm import residual_norm
 
 TOKENS, EPS = 64, 1e-6
@@ -79,6 +81,9 @@ def cases(width: int, ffn: int, dtype: torch.dtype) -> dict[str, Callable[[], ob
         "attention_output of two": lambda: attention_output(x, bias, x, True),
         "quantize_rows": lambda: attention_output(x, None, None, True),
         "quantize_heads": lambda: quantize_heads(x.view(1, TOKENS, -1, 128)),
+        "quantize_nvfp4": lambda: quantize_nvfp4(x, None),
+        "quantize_nvfp4, static": lambda: quantize_nvfp4(x, zeros(1, 1)),
+        "quantize_mxfp8": lambda: quantize_mxfp8(x),
         "expand_nvfp4": lambda: expand_nvfp4(packed, zeros(ffn, width // 16, dtype=torch.uint8), zeros(1, 1)),
     }  # fmt: skip
 

@@ -19,8 +19,9 @@ def swizzle(plain: torch.Tensor) -> torch.Tensor:
     """uint8 [rows, cols] row-major -> uint8 [padded rows, padded cols] in tile order; the padding is zero."""
     rows, cols = plain.shape
     full_rows, full_cols = padded(rows, cols)
-    full = plain.new_zeros(full_rows, full_cols)
-    full[:rows, :cols] = plain
+    full = plain
+    if (rows, cols) != (full_rows, full_cols):
+        full = torch.nn.functional.pad(plain, (0, full_cols - cols, 0, full_rows - rows))
     tiles = full.reshape(full_rows // 128, 4, 32, full_cols // 4, 4).permute(0, 3, 2, 1, 4)
     return tiles.reshape(full_rows, full_cols)
 

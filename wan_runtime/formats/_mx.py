@@ -1,7 +1,7 @@
 """What the MX formats share: blocks of 32 along `in`, and one E8M0 byte a block, which means 2^(byte - 127).
 
 Quantising takes the smallest power of two that brings the block's amax within the largest code, so nothing saturates
-(the OCP specification's floor would clip). A block of zeros gets byte 0.
+(the OCP specification's floor would clip). A block of zeros gets byte 0, one with NaN or infinity byte 255.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def scaled(weight: torch.Tensor, top: float) -> tuple[torch.Tensor, torch.Tensor
     mantissa, exponent = torch.frexp(blocks.abs().amax(-1))
     fraction, power = math.frexp(top)
     byte = exponent - power + (mantissa > fraction) + BIAS
-    byte = torch.where(mantissa > 0, byte, 0).clamp(0, NAN - 1).to(torch.uint8)
+    byte = torch.where(mantissa > 0, byte, 0).clamp(0, NAN - 1)
+    byte = torch.where(torch.isfinite(mantissa), byte, NAN).to(torch.uint8)
     return (blocks / values(byte)[..., None]).reshape(out, inp), byte
 
 

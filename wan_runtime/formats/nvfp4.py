@@ -21,6 +21,7 @@ from wan_runtime.formats._scaled import scale_of
 
 BLOCK = 16
 E4M3_MAX = 448.0
+LARGEST = E2M1_MAX * E4M3_MAX  # what a scale of 1 reaches
 SMALLEST_BLOCK_SCALE = 2.0**-9  # the smallest e4m3 subnormal: a block of tiny weights must not get scale 0
 
 
@@ -41,11 +42,23 @@ def quantize(weight: torch.Tensor, per_channel: bool) -> dict[str, torch.Tensor]
 
     A block of zeros gets the smallest block scale, a tensor of zeros the scale 1.
     """
-    weight = weight.float()
-    out, inp = weight.shape
-    scale = scale_of(weight.abs().amax(), E2M1_MAX * E4M3_MAX).reshape(1, 1)
-    blocks = weight.reshape(out, inp // BLOCK, BLOCK)
-    block_scale = blocks.abs().amax(-1) / E2M1_MAX / scale
+    return quantize_by(weight, scale_for(weight.float().abs().amax()).reshape(1, 1))
+
+
+def scale_for(amax: torch.Tensor) -> torch.Tensor:
+    """The scale a tensor, of its largest magnitude."""
+    return scale_of(amax, LARGEST)
+
+
+def quantize_by(values: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Values [out, in] -> the slots that a scale [1, 1] gives them; what is beyond its reach saturates.
+
+    A block with NaN or infinity gets the block scale NaN.
+    """
+    out, inp = values.shape
+    blocks = values.float().reshape(out, inp // BLOCK, BLOCK)
+    amax = blocks.abs().amax(-1)
+    block_scale = amax.where(amax.isfinite(), torch.nan) / E2M1_MAX / scale
     block_scale = block_scale.clamp(SMALLEST_BLOCK_SCALE, E4M3_MAX).to(torch.float8_e4m3fn)
     codes = round_to_e2m1(blocks / (block_scale.float() * scale)[..., None])
     return {

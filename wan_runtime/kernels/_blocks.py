@@ -1,0 +1,72 @@
+"""What the block quantisers share: block scales in the 128 x 4 tile order that cuBLAS reads, and E4M3 by its bits.
+
+A program takes one tile: 128 tokens and the values of 4 blocks. It writes the tile's 512 bytes of scales whole, 0 where
+there is no token or no block, so nothing needs to be cleared before.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from wan_runtime.dialects._swizzle import padded
+
+TOKENS = 128  # of a tile of scales
+BLOCKS = 4
+INFINITE = 0x7F800000  # the bits of infinity in fp32: those of NaN are above, those of any number below
+
+
+def tile_grid(tokens: int, blocks: int) -> tuple[int, int]:
+    """One program a tile."""
+    return triton.cdiv(tokens, TOKENS), triton.cdiv(blocks, BLOCKS)
+
+
+def empty_scales(tokens: int, blocks: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Unwritten block scales in tile order [padded tokens, padded blocks]."""
+    return torch.empty(padded(tokens, blocks), dtype=dtype, device=device)
+
+
+@triton.jit
+def load_tile(x, tokens, width, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's values in fp32 [TOKENS, BLOCKS, BLOCK], 0 outside."""
+    rows = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    columns = tl.program_id(1) * (BLOCKS * BLOCK) + tl.arange(0, BLOCKS * BLOCK)
+    inside = (rows < tokens)[:, None] & (columns < width)[None, :]
+    values = tl.load(x + rows[:, None] * width + columns[None, :], mask=inside, other=0.0)
+    return tl.reshape(values.to(tl.float32), (TOKENS, BLOCKS, BLOCK))
+
+
+@triton.jit
+def largest_bits(values):
+    """The largest magnitude of each block as its bits, among which NaN is above infinity and is not lost."""
+    return tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)
+
+
+@triton.jit
+def store_scales(scales, codes, tokens, blocks, TOKENS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Write the codes [TOKENS, BLOCKS] of this program's tile in tile order, 0 outside."""
+    row = tl.arange(0, TOKENS)
+    block = tl.arange(0, BLOCKS)
+    inside = (tl.program_id(0) * TOKENS + row < tokens)[:, None]
+    inside = inside & (tl.program_id(1) * BLOCKS + block < blocks)[None, :]
+    tile = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    at = (row % 32 * 16 + row // 32 * 4)[:, None] + block[None, :]
+    tl.store(scales + tile * (TOKENS * BLOCKS) + at, tl.where(inside, codes, 0).to(tl.uint8))
+
+
+@triton.jit
+def e4m3_code(value):
+    """fp32 from 2^-9 to 448 -> its E4M3 byte, ties to even; by integers, as the interpreter's own cast is inexact."""
+    bits = value.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # the exponents' biases are 127 and 7
+    # Next to 2^14 a step of fp32 is 2^-9, the step of E4M3 below 2^-6: the sum rounds to it.
+    below = (value + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    return tl.where(value < 0.015625, below, normal)
+
+
+@triton.jit
+def e4m3_value(code):
+    """A positive E4M3 byte -> fp32."""
+    normal = ((code << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    return tl.where(code < 8, code.to(tl.float32) * 0.001953125, normal)
