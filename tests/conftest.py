@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,26 @@ ROOT = Path(__file__).resolve().parent.parent
 def root() -> Path:
     """The checkout's root folder."""
     return ROOT
+
+
+@pytest.fixture
+def exact_casts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter with torch's cast from fp32 to e4m3, which rounds as a GPU does.
+
+    Its own (3.9) halves what rounds up to a power of two, rounds ties away from zero and cuts subnormals.
+    """
+    if torch.cuda.is_available():
+        return
+    from triton.runtime import interpreter
+
+    inexact = interpreter._convert_float
+
+    def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source.name, target.name) != ("fp32", "fp8e4nv"):
+            return inexact(values, source, target, rounding)
+        return torch.tensor(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,8 @@
 """Who multiplies. A backend says which (format, compute) pairs it can serve on a device, or why not, by trying.
 
-compute  how the product is formed: "fp8" (FP8 tensor cores, activations quantised a token), "bf16" (the weight
-         dequantised to the activation's dtype, then an ordinary product), "fp32" (the reference).
+compute  how the product is formed: "fp8" (FP8 tensor cores, activations quantised a token), "nvfp4" and "mxfp8" (both
+         operands in blocks, as the weight lies), "bf16" (the weight dequantised to the activation's dtype, then an
+         ordinary product), "fp32" (the reference).
 """
 
 from __future__ import annotations

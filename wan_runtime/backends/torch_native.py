@@ -1,8 +1,9 @@
-"""torch's own kernels: FP8 products through `torch._scaled_mm`, and dequantise-then-multiply on any device.
+"""torch's own kernels: FP8 products through `torch._scaled_mm`, NVFP4 and MXFP8 products where the GPU has them
+(_block_scaled.py), and dequantise-then-multiply on a CPU or an NVIDIA GPU.
 
 FP8: activations are quantised with one dynamic scale a token by a fused kernel, weights keep their own scales, and the
 product is accumulated in the tensor cores' fast mode and returned in bf16; where a GPU does not take such scales,
-they are applied to the product (_granularity.py). NVFP4 weights stay 4-bit in memory and are
+they are applied to the product (_granularity.py). Without FP4 products NVFP4 weights stay 4-bit in memory and are
 expanded a layer at a time to FP8, so on Hopper and Ada they multiply at FP8 speed.
 """
 
@@ -13,28 +14,44 @@ from collections.abc import Callable
 
 import torch
 
-from wan_runtime.backends import Backend, Biased, Coded, Multiply, _granularity
+from wan_runtime.backends import Backend, Biased, Coded, Multiply, _block_scaled, _granularity
 from wan_runtime.formats import FORMATS, Slots
 
 FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-ALIGNMENT = 16  # _scaled_mm wants both weight dimensions to be multiples of 16
+# Of what (out, in) must be multiples: _scaled_mm's rule, and the blocks'.
+ALIGNMENT = {"fp8": (16, 16), **_block_scaled.COMPUTES}
 
 
 def computes(weight_format: str) -> tuple[str, ...]:
-    return ("fp8", "bf16") if weight_format in (*FP8_DTYPES, "nvfp4") else ("bf16",)
+    as_it_is = (weight_format,) if weight_format in _block_scaled.COMPUTES else ()
+    fp8 = ("fp8",) if weight_format in (*FP8_DTYPES, "nvfp4") else ()
+    return (*as_it_is, *fp8, "bf16")
 
 
 def refuses(weight_format: str, compute: str, device: torch.device, shape: tuple[int, int]) -> str | None:
-    if compute == "bf16":
-        return None
     if compute not in computes(weight_format):
         return f"it has no {compute} product for {weight_format} weights"
+    untried = _untried(device)
+    if untried is not None:
+        return f"it has never been tried on {untried}; backend='reference' multiplies there, in fp32"
+    if compute == "bf16":
+        return None
+    kind = compute.upper()
     if device.type != "cuda":
-        return f"FP8 products need a CUDA GPU; the model is on {device.type}"
-    if shape[0] % ALIGNMENT or shape[1] % ALIGNMENT:
-        return f"FP8 products need dimensions that are multiples of {ALIGNMENT}; the weight is {shape[0]} x {shape[1]}"
+        return f"{kind} products need a CUDA GPU; the model is on {device.type}"
+    out, inp = ALIGNMENT[compute]
+    if shape[0] % out or shape[1] % inp:
+        rule = f"multiples of {out}" if out == inp else f"multiples of {out} and {inp}"
+        return f"{kind} products need dimensions that are {rule}; the weight is {shape[0]} x {shape[1]}"
     index = device.index if device.index is not None else torch.cuda.current_device()
-    return _probe(weight_format, index)
+    return _probe(weight_format, index) if compute == "fp8" else _block_scaled.refuses(compute, index)
+
+
+def _untried(device: torch.device) -> str | None:
+    """The kind of device, in words, where this project has run nothing; None for a CPU and an NVIDIA GPU."""
+    if device.type == "cuda":
+        return "an AMD GPU (ROCm)" if torch.version.hip is not None else None
+    return None if device.type in ("cpu", "meta") else f"a device of type {device.type!r}"
 
 
 @functools.cache
@@ -60,6 +77,8 @@ def kernel(weight_format: str, compute: str) -> Multiply:
     if compute == "bf16":
         # Looked up here and not in the product: a forward must not search the catalogue, and torch.compile cannot.
         return functools.partial(_dequantise_and_multiply, FORMATS[weight_format].dequantize)
+    if compute in _block_scaled.COMPUTES:
+        return functools.partial(_block_scaled.multiply, compute)
     if weight_format == "nvfp4":
         return _nvfp4_as_fp8
     return functools.partial(_fp8, FP8_DTYPES[weight_format])
@@ -85,7 +104,7 @@ def coded(weight_format: str, compute: str) -> Coded | None:
 
 def biased(weight_format: str, compute: str) -> Biased | None:
     function = kernel(weight_format, compute)
-    return function if compute == "fp8" else None  # type: ignore[return-value]  # its bias is optional
+    return None if compute == "bf16" else function  # type: ignore[return-value]  # its bias is optional
 
 
 def _coded_fp8(
