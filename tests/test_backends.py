@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan_runtime.backends import AUTOMATIC, BACKENDS, COMPUTES, backend_named, device_named, multiplier
 from wan_runtime.errors import BackendUnavailable, InvalidOption
-from wan_runtime.formats import FORMATS
+from wan_runtime.formats import FORMATS, _bytes
 
 CPU = torch.device("cpu")
 OUT, INP = 64, 96
@@ -58,6 +61,36 @@ def test_the_reference_takes_every_format_on_any_device() -> None:
     for weight_format in FORMATS:
         for device in (CPU, torch.device("cuda", 0)):
             assert reference.refuses(weight_format, "fp32", device, (3, 16)) is None
+
+
+class WithoutFloat8(TorchDispatchMode):
+    """A device as Apple's GPUs are: no operation on float8 or fp64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for held in (*args, result):
+            if isinstance(held, torch.Tensor) and (
+                "float8" in str(held.dtype) or held.dtype == torch.float64
+            ):
+                raise TypeError(f"{func} on {held.dtype}")
+        return result
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_the_reference_needs_no_float8_of_its_device(
+    weight_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = FORMATS[weight_format].quantize(torch.randn(OUT, INP), True)
+    rows = torch.randn(5, INP)
+    multiply = backend_named("reference").kernel(weight_format, "fp32")
+    expected = multiply(rows, slots, None)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.int8):
+        every = torch.arange(256, dtype=torch.uint8)
+        table = _bytes._table(dtype, CPU)  # made on the CPU, which has float8, and moved
+        assert torch.equal(table.nan_to_num(1e9), every.view(dtype).float().nan_to_num(1e9))
+    monkeypatch.setattr(_bytes, "FLOAT8_DEVICES", ())
+    with WithoutFloat8():  # type: ignore[no-untyped-call]
+        assert torch.equal(multiply(rows, slots, None), expected)
 
 
 def test_backends_are_found_by_the_name_users_type() -> None:

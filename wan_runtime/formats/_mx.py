@@ -12,6 +12,7 @@ import torch
 
 from wan_runtime.doubts import Refuse, at_once
 from wan_runtime.formats import BadSlot, Slots
+from wan_runtime.formats._bytes import numbers
 
 BLOCK = 32
 BIAS = 127
@@ -44,7 +45,7 @@ def scaled(weight: torch.Tensor, top: float) -> tuple[torch.Tensor, torch.Tensor
 
 def values(block_scale: torch.Tensor) -> torch.Tensor:
     """E8M0 bytes -> fp32 powers of two."""
-    return block_scale.view(torch.float8_e8m0fnu).float()
+    return numbers(block_scale, torch.float8_e8m0fnu)
 
 
 def times(codes: torch.Tensor, block_scale: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from wan_runtime.doubts import Refuse, absent, at_once
 from wan_runtime.formats import BadSlot, Format, Slots, check_scale, check_zero_scale, strips
+from wan_runtime.formats._bytes import numbers
 
 Layout = dict[str, tuple[torch.dtype, tuple[tuple[int, ...], ...]]]
 SIDE = 128  # of the blocks that quantising takes
@@ -103,7 +104,7 @@ def _quantize(weight: torch.Tensor, per_channel: bool, codes: Codes, blocks: boo
 
 
 def _dequantize(slots: Slots, codes: Codes) -> torch.Tensor:
-    values = slots["payload"].view(codes.dtype).float()
+    values = numbers(slots["payload"], codes.dtype)
     return values * spread(slots["scale"].float(), *values.shape)
 
 

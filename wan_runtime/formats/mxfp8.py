@@ -14,6 +14,7 @@ import torch
 
 from wan_runtime.doubts import Refuse, at_once
 from wan_runtime.formats import Format, Slots, _mx, _scaled
+from wan_runtime.formats._bytes import numbers
 
 
 def quantize(weight: torch.Tensor, per_channel: bool) -> dict[str, torch.Tensor]:
@@ -24,7 +25,7 @@ def quantize(weight: torch.Tensor, per_channel: bool) -> dict[str, torch.Tensor]
 
 
 def dequantize(slots: Slots) -> torch.Tensor:
-    return _mx.times(slots["payload"].view(torch.float8_e4m3fn).float(), slots["block_scale"])
+    return _mx.times(numbers(slots["payload"], torch.float8_e4m3fn), slots["block_scale"])
 
 
 def check(slots: Slots, refuse: Refuse = at_once) -> None:

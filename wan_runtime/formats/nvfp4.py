@@ -16,6 +16,7 @@ import torch
 
 from wan_runtime.doubts import Refuse, at_once
 from wan_runtime.formats import BadSlot, Format, Slots, check_scale, check_zero_scale, strips
+from wan_runtime.formats._bytes import numbers
 from wan_runtime.formats._e2m1 import E2M1_MAX, pack, round_to_e2m1, unpack
 from wan_runtime.formats._scaled import scale_of
 
@@ -69,7 +70,7 @@ def quantize_by(values: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Te
 
 
 def dequantize(slots: Slots) -> torch.Tensor:
-    values, scales = unpack(slots["payload"]), slots["block_scale"].view(torch.float8_e4m3fn).float()
+    values, scales = unpack(slots["payload"]), numbers(slots["block_scale"], torch.float8_e4m3fn)
     out, inp = values.shape
     scales = scales * slots["scale"].float()
     return (values.reshape(out, inp // BLOCK, BLOCK) * scales[..., None]).reshape(out, inp)
