@@ -92,6 +92,12 @@ def test_prospects_are_what_the_backend_offers() -> None:
     offered = {name for name in FORMATS if "fp8" in backend_named("torch").computes(name)}
     assert set(prospects.FP8_PRODUCTS) == offered
     hopper = gpus.Driver((13, 0), (gpus.Gpu("NVIDIA H200", (9, 0), 141 * 2**30),))
+    blackwell = gpus.Driver((13, 0), (gpus.Gpu("NVIDIA B200", (10, 0), 180 * 2**30),))
+    as_it_is = {name for name in FORMATS if name in backend_named("torch").computes(name)} - {"fp8"}
+    assert set(prospects.BLOCK_PRODUCTS) == as_it_is
+    said = prospects.classes(FORMATS, blackwell)
+    assert {name for name in FORMATS if said[name] == prospects.AS_IT_IS} == as_it_is
+    assert said["fp8"] == prospects.FAST and said["int8"] == prospects.SLOW
     ampere = gpus.Driver((12, 8), (gpus.Gpu("NVIDIA A100", (8, 0), 80 * 2**30),))
     kinds = Counter(prospects.classes(FORMATS, hopper).values())
     assert kinds == {prospects.FAST: 2, prospects.EXPANDED: 1, prospects.SLOW: len(FORMATS) - 3}

@@ -9,7 +9,8 @@ import ctypes
 from dataclasses import dataclass
 
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-FP8_SINCE, HOPPER = (8, 9), (9, 0)  # compute capabilities: FP8 tensor cores, and FlashAttention 3
+# Compute capabilities: FP8 tensor cores, FlashAttention 3, and block-scaled FP4 and FP8 tensor cores.
+FP8_SINCE, HOPPER, BLACKWELL = (8, 9), (9, 0), (10, 0)
 
 
 @dataclass(frozen=True)

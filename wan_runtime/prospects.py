@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from wan_runtime.gpus import FP8_SINCE, Driver, Gpu
+from wan_runtime.gpus import BLACKWELL, FP8_SINCE, Driver, Gpu
 
-FP8_PRODUCTS = ("fp8", "fp8_e5m2", "nvfp4")  # what wan_runtime.backends.torch_native multiplies in FP8
+# What wan_runtime.backends.torch_native multiplies in FP8, and in blocks as it lies.
+FP8_PRODUCTS, BLOCK_PRODUCTS = ("fp8", "fp8_e5m2", "nvfp4"), ("nvfp4", "mxfp8")
+AS_IT_IS = (
+    "multiplied as it lies on the block-scaled tensor cores, the fastest class, where torch has that product"
+)
 FAST = "multiplied on the FP8 tensor cores, the fastest class"
 EXPANDED = "held in 4 bits, expanded to FP8 a layer at a time and multiplied on the FP8 tensor cores, the fastest class"
 SLOW = "dequantised a layer at a time and multiplied in bf16: saves memory, no faster than bf16"
@@ -32,6 +36,8 @@ def classes(formats: Iterable[str], driver: Driver | None) -> dict[str, str]:
 
 
 def _class(name: str, gpu: Gpu | None) -> str:
+    if gpu is not None and gpu.capability >= BLACKWELL and name in BLOCK_PRODUCTS:
+        return AS_IT_IS
     if gpu is None or gpu.capability < FP8_SINCE or name not in FP8_PRODUCTS:
         return SLOW
     return EXPANDED if name == "nvfp4" else FAST
