@@ -18,9 +18,9 @@ import torch
 from peers import kitchen_linear, te_linear
 from torch import nn
 
-from wan_runtime.backends import BACKENDS
 from wan_runtime.formats import FORMATS
 from wan_runtime.linear import QuantLinear
+from wan_runtime.plan import Options, choose
 
 SHAPES = {  # tokens, in, out
     "14B qkvo": (32760, 5120, 5120),
@@ -43,7 +43,7 @@ def ours(linear: nn.Linear, held: str = "fp8") -> nn.Module:
     """This library's, on the GPU's best compute."""
     out, inp = linear.weight.shape
     slots = FORMATS[held].quantize(linear.weight.data.float(), True)
-    compute = BACKENDS["torch_native"].computes(held)[0]
+    _, compute, _ = choose(held, linear.weight.device, (out, inp), Options(backend="torch"))
     made: nn.Module = QuantLinear(
         inp, out, format=held, slots=slots, bias=linear.bias.data, backend="torch", compute=compute,
         planned_for=linear.weight.device.type,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
@@ -106,7 +107,7 @@ def operand(
     return numpy.asarray(values * spread * whole)
 
 
-def _list(value: object) -> list:  # type: ignore[type-arg]
+def _list(value: object) -> list[Any]:
     """As torch has it: one value stands for a list of it."""
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -117,7 +118,7 @@ def _whole(name: str, scale: torch.Tensor) -> float:
     return float(scale)
 
 
-def _tiled(name: str, kind: Kind, scales: torch.Tensor, rows: int, blocks: int) -> numpy.ndarray:  # type: ignore[type-arg]
+def _tiled(name: str, kind: Kind, scales: torch.Tensor, rows: int, blocks: int) -> numpy.ndarray:
     """The scale bytes [rows, blocks], each from its own address in the 128 x 4 tiles."""
     tall, wide = -(-rows // 128) * 128, -(-blocks // 4) * 4
     if scales.dtype != kind.scales or scales.numel() != tall * wide or not scales.is_contiguous():
@@ -135,24 +136,24 @@ def _tiled(name: str, kind: Kind, scales: torch.Tensor, rows: int, blocks: int) 
     return found[:rows, :blocks]
 
 
-def _e2m1_pairs(bytes_: numpy.ndarray) -> Array:  # type: ignore[type-arg]
+def _e2m1_pairs(bytes_: numpy.ndarray) -> Array:
     """Two values a byte, the low nibble first: sign, 2 bits of exponent with bias 1, 1 bit of mantissa."""
     nibbles = numpy.stack((bytes_ % 16, bytes_ // 16), axis=-1).reshape(len(bytes_), -1)
     return _float(nibbles, exponent_bits=2, mantissa_bits=1, bias=1)
 
 
-def _e4m3(bytes_: numpy.ndarray) -> Array:  # type: ignore[type-arg]
+def _e4m3(bytes_: numpy.ndarray) -> Array:
     """Sign, 4 bits of exponent with bias 7, 3 bits of mantissa; all ones are NaN and there is no infinity."""
     values = _float(bytes_, exponent_bits=4, mantissa_bits=3, bias=7)
     return numpy.where(bytes_ % 128 == 127, numpy.nan, values)
 
 
-def _e8m0(bytes_: numpy.ndarray) -> Array:  # type: ignore[type-arg]
+def _e8m0(bytes_: numpy.ndarray) -> Array:
     """2^(byte - 127); 255 is NaN."""
     return numpy.where(bytes_ == 255, numpy.nan, numpy.ldexp(1.0, bytes_.astype(numpy.int64) - 127))
 
 
-def _float(codes: numpy.ndarray, *, exponent_bits: int, mantissa_bits: int, bias: int) -> Array:  # type: ignore[type-arg]
+def _float(codes: numpy.ndarray, *, exponent_bits: int, mantissa_bits: int, bias: int) -> Array:
     """The value that a small floating-point code has by its definition."""
     codes = codes.astype(numpy.int64)
     mantissa = codes % 2**mantissa_bits / 2**mantissa_bits

@@ -119,6 +119,23 @@ def _on_a_gpu(value: Any) -> Any:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
 
 
+@pytest.mark.parametrize("compute", KINDS)
+def test_the_call_is_one_graph_for_torch_compile(compute: str) -> None:
+    rows, weight = (torch.randn(*shape) for shape in ((33, 96), (144, 96)))
+    a, b = (
+        {slot: tensor.to("meta") for slot, tensor in FORMATS[compute].quantize(values, True).items()}
+        for values in (rows, weight)
+    )
+
+    def product() -> torch.Tensor:
+        return _block_scaled._product(
+            compute, _block_scaled._laid(compute, a), _block_scaled._laid(compute, b), None
+        )
+
+    compiled = torch.compile(product, backend="aot_eager", fullgraph=True)
+    assert compiled().shape == (33, 144)
+
+
 def test_rows_of_eight_bytes_are_padded(calls: list[inspect.BoundArguments]) -> None:
     rows, weight = drawn(5, 32, 48)
     slots = FORMATS["nvfp4"].quantize(weight, True)

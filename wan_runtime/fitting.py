@@ -112,8 +112,10 @@ def notes(
     said += [remark for name in used if (remark := backend_named(name).remark(device)) is not None]
     if device.type == "cpu" and computes:
         said.append("No CUDA GPU: weights are stored quantised and dequantised for each product.")
-    if options.activation == "static" and computes <= {"bf16", "fp32"}:
-        said.append("activation='static' changes nothing here: these products do not quantise activations.")
+    if options.activation == "static" and computes <= {"bf16", "fp32", "mxfp8"}:
+        said.append(
+            "activation='static' changes nothing here: these products take no scale for their activations."
+        )
     noise = noise_in(checkpoint.path) if checkpoint is not None else None
     if noise is not None:
         said.append(

@@ -32,28 +32,33 @@ def refuses(compute: str, index: int) -> str | None:
 
 
 def tried(compute: str, device: torch.device) -> str | None:
-    """Why this kind of product is not right on a device, found by making a small one, or None.
-
-    The operands are first quantised by plain torch, so that a GPU without such products is refused before a kernel is
-    compiled for it; then by the kernel. Sizes are odd on purpose: padded scales and rows are part of the product.
-    """
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(33, 96, generator=generator).to(device, torch.bfloat16)
-    rows[7] *= 30
-    slots = FORMATS[compute].quantize(torch.randn(144, 96, generator=generator).to(device), True)
-    bias = torch.randn(144, generator=generator).to(device, torch.bfloat16)
-    held = FORMATS[compute].quantize(rows, True)
-    exact = FORMATS[compute].dequantize(held).double() @ FORMATS[compute].dequantize(slots).double().T
+    """Why this kind of product is not right on a device, found by making small ones, or None."""
     try:
-        for operand in (lambda: _laid(compute, held), lambda: _quantised(compute, rows, None)):
-            for given in (None, bias):
-                product = _product(compute, operand(), _laid(compute, slots), given).double()
-                truth = exact if given is None else exact + given.double()
-                wrong = float((product - truth).norm() / truth.norm())
-                if not wrong < TOLERANCE:
-                    return f"a test product was wrong by {wrong:.2f} (relative error)"
+        return _wrong(compute, device)
     except Exception as error:  # whatever the driver, Triton or cuBLAS says is the reason shown to the user
         return f"a test product failed: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
+
+
+def _wrong(compute: str, device: torch.device) -> str | None:
+    """By how much a product is wrong, or None.
+
+    The operands are first quantised by plain torch, so that a GPU without such products is refused before a kernel is
+    compiled for it; then by the kernel. Sizes are odd on purpose: padded scales are part of the product.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((33, 96), (144, 96), (144,)))
+    rows[7] *= 30
+    rows, bias = rows.to(device, torch.bfloat16), bias.to(device, torch.bfloat16)
+    held, slots = (FORMATS[compute].quantize(given.to(device), True) for given in (rows, weight))
+    values = (FORMATS[compute].dequantize(given).double() for given in (held, slots))
+    exact = next(values) @ next(values).T
+    for by_kernel in (False, True):
+        operand = _quantised(compute, rows, None) if by_kernel else _laid(compute, held)
+        for given, truth in ((None, exact), (bias, exact + bias.double())):
+            product = _product(compute, operand, _laid(compute, slots), given).double()
+            wrong = float((product - truth).norm() / truth.norm())
+            if not wrong < TOLERANCE:
+                return f"a test product was wrong by {wrong:.2f} (relative error)"
     return None
 
 
