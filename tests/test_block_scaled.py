@@ -15,9 +15,10 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-
 
 from tests import scaled_mm_model as model
 from wan_runtime.backends import _block_scaled, backend_named, torch_native
+from wan_runtime.fitting import notes
 from wan_runtime.formats import FORMATS
 from wan_runtime.linear import QuantLinear
-from wan_runtime.plan import Options, choose
+from wan_runtime.plan import Decision, Options, choose
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -189,6 +190,13 @@ def test_a_static_scale_is_the_tensors_and_saturates(calls: list[inspect.BoundAr
     assert calls[0].arguments["scale_a"][1] == right
     assert apart(values(calls[0], "a"), rows) < COARSE["nvfp4"]
     assert values(calls[1], "a").abs().max() == pytest.approx(float(right) * 26.88)
+
+
+def test_a_static_scale_that_nothing_takes_is_said() -> None:
+    for compute, said in (("mxfp8", True), ("nvfp4", False)):
+        decision = Decision("blocks.0.ffn.0", "blocks.0.ffn.0", "quantised", "", compute, compute, "torch")
+        given = notes([decision], GPU, None, Options(activation="static"))
+        assert any("take no scale for their activations" in note for note in given) == said
 
 
 def test_what_a_gpu_multiplies_is_found_by_multiplying(
