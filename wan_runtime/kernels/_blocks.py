@@ -18,8 +18,8 @@ INFINITE = 0x7F800000  # the bits of infinity in fp32: those of NaN are above, t
 
 
 def tile_grid(tokens: int, blocks: int) -> tuple[int, int]:
-    """One program a tile."""
-    return triton.cdiv(tokens, TOKENS), triton.cdiv(blocks, BLOCKS)
+    """One program a tile, those of the same tokens side by side, as their values are in memory."""
+    return triton.cdiv(blocks, BLOCKS), triton.cdiv(tokens, TOKENS)
 
 
 def empty_scales(tokens: int, blocks: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -30,8 +30,8 @@ def empty_scales(tokens: int, blocks: int, dtype: torch.dtype, device: torch.dev
 @triton.jit
 def load_tile(x, tokens, width, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     """This program's values in fp32 [TOKENS, BLOCKS, BLOCK], 0 outside."""
-    rows = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    columns = tl.program_id(1) * (BLOCKS * BLOCK) + tl.arange(0, BLOCKS * BLOCK)
+    rows = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    columns = tl.program_id(0) * (BLOCKS * BLOCK) + tl.arange(0, BLOCKS * BLOCK)
     inside = (rows < tokens)[:, None] & (columns < width)[None, :]
     values = tl.load(x + rows[:, None] * width + columns[None, :], mask=inside, other=0.0)
     return tl.reshape(values.to(tl.float32), (TOKENS, BLOCKS, BLOCK))
@@ -48,9 +48,9 @@ def store_scales(scales, codes, tokens, blocks, TOKENS: tl.constexpr, BLOCKS: tl
     """Write the codes [TOKENS, BLOCKS] of this program's tile in tile order, 0 outside."""
     row = tl.arange(0, TOKENS)
     block = tl.arange(0, BLOCKS)
-    inside = (tl.program_id(0) * TOKENS + row < tokens)[:, None]
-    inside = inside & (tl.program_id(1) * BLOCKS + block < blocks)[None, :]
-    tile = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    inside = (tl.program_id(1) * TOKENS + row < tokens)[:, None]
+    inside = inside & (tl.program_id(0) * BLOCKS + block < blocks)[None, :]
+    tile = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     at = (row % 32 * 16 + row // 32 * 4)[:, None] + block[None, :]
     tl.store(scales + tile * (TOKENS * BLOCKS) + at, tl.where(inside, codes, 0).to(tl.uint8))
 

@@ -47,8 +47,8 @@ def _quantize_mxfp8(
     store_scales(scales, tl.where(bits < INFINITE, byte, 255), tokens, width // BLOCK, TOKENS, BLOCKS)
     inverse = ((254 - byte) << 23).to(tl.float32, bitcast=True)
     codes = tl.reshape(values * inverse[:, :, None], (TOKENS, BLOCKS * BLOCK))
-    rows = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    columns = tl.program_id(1) * (BLOCKS * BLOCK) + tl.arange(0, BLOCKS * BLOCK)
+    rows = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    columns = tl.program_id(0) * (BLOCKS * BLOCK) + tl.arange(0, BLOCKS * BLOCK)
     inside = (rows < tokens)[:, None] & (columns < width)[None, :]
     tl.store(
         payload + rows[:, None] * width + columns[None, :], codes.to(payload.dtype.element_ty), mask=inside

@@ -84,8 +84,8 @@ def _quantize_nvfp4(
     element += (size > 5.0).to(tl.int32)
     element |= (values.to(tl.int32, bitcast=True) >> 28) & 8
     low, high = tl.split(tl.reshape(element, (TOKENS, BLOCKS * 8, 2)))
-    rows = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    columns = tl.program_id(1) * (BLOCKS * 8) + tl.arange(0, BLOCKS * 8)
+    rows = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    columns = tl.program_id(0) * (BLOCKS * 8) + tl.arange(0, BLOCKS * 8)
     inside = (rows < tokens)[:, None] & (columns < half)[None, :]
     tl.store(payload + rows[:, None] * half + columns[None, :], (low | (high << 4)).to(tl.uint8), mask=inside)
 
