@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 from dataclasses import asdict
@@ -15,10 +16,12 @@ from wan_runtime import ClipRequest
 from .errors import ApiError
 from .inputs import kept
 from .jobs import Job, KeyReused, QueueFull, Terms
+from .logs import about
 from .parsing import CreateVideo
 from .services import Services
 from .storage import new_id
 
+log = logging.getLogger("wan_serve")
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 MAX_QUEUE_JOBS = 10_000  # also where each is predicted to take no time
 MAX_RETRY_AFTER = 120  # seconds; the openai client does not wait longer, but gives up
@@ -99,6 +102,9 @@ def add_job(
         ) from None
     if job.id != job_id:  # the same create came twice at once
         served.storage.delete(job_id)
+        return job
+    with about(job=job_id):
+        log.info("%s was queued", job_id)
     return job
 
 

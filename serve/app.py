@@ -21,6 +21,7 @@ from . import errors, openapi
 from .auth import admit
 from .endpoints import Endpoint
 from .guards import Bodies, Origins, SecurityHeaders
+from .logs import about
 from .methods import methods_of
 from .metrics import Metrics, Observed
 from .services import Services
@@ -49,7 +50,8 @@ class RequestId:
                 MutableHeaders(scope=message)["x-request-id"] = number
             await send(message)
 
-        await self.app(scope, receive, send_with_id)
+        with about(request=number):
+            await self.app(scope, receive, send_with_id)
 
 
 def create_app(services: Services) -> FastAPI:

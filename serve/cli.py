@@ -15,7 +15,7 @@ import typer
 import uvicorn
 from rich.console import Console
 
-from . import keys
+from . import keys, logs
 from .app import create_app
 from .config import TABLES, from_file, with_models
 from .connections import http_config
@@ -112,6 +112,7 @@ def serve(
         "Write what decided a clip (prompt, seed, model, versions) into its MP4."))] = DEFAULTS.embed_metadata,
     metrics: Annotated[bool, typer.Option("--metrics", help="Keep metrics for Prometheus, at /metrics.")] = False,
     log_level: Annotated[str, typer.Option(help=f"One of {', '.join(LEVELS)}.")] = DEFAULTS.log_level,
+    log_format: Annotated[str, typer.Option(help="text, or json: an object a line.")] = DEFAULTS.log_format,
 ) -> None:  # fmt: skip
     """Serves text-to-video generation over OpenAI's /v1/videos."""
     if context.invoked_subcommand is not None:
@@ -126,14 +127,14 @@ def serve(
         cancel_seconds=cancel_seconds, log_level=log_level, stall_seconds=stall_seconds, drain_seconds=drain_seconds,
         max_queue_seconds=max_queue_seconds,
         max_job_seconds=max_job_seconds, keep_days=keep_days, keep_gib=keep_gib, sweep_seconds=sweep_seconds,
-        embed_metadata=embed_metadata, metrics=metrics,
+        embed_metadata=embed_metadata, metrics=metrics, log_format=log_format,
     )  # fmt: skip
     settings = with_models(settings, context.meta.get(TABLES, {}))
     _check(settings)
     if dry_run:
         _print_plan(settings)
         return
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logs.configure(settings.log_level, settings.log_format)
     raise typer.Exit(run(settings))
 
 
@@ -179,6 +180,10 @@ def _check(settings: Settings) -> None:
     if settings.log_level not in LEVELS:
         raise typer.BadParameter(
             f"--log-level is {settings.log_level!r}; it must be one of {', '.join(LEVELS)}."
+        )
+    if settings.log_format not in logs.FORMATS:
+        raise typer.BadParameter(
+            f"--log-format is {settings.log_format!r}; it must be one of {', '.join(logs.FORMATS)}."
         )
     if settings.checkpoint_low and not settings.checkpoint:
         raise typer.BadParameter("--checkpoint-low needs --checkpoint, the high-noise expert.")

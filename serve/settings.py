@@ -52,6 +52,7 @@ class Settings:
     sweep_seconds: float = 60.0  # between two looks for what is to be removed
     embed_metadata: bool = True  # into the clips: what decided them
     log_level: str = "info"
+    log_format: str = "text"
     metrics: bool = False  # kept for Prometheus, at /metrics
     more: tuple[Settings, ...] = ()  # the models beside this one, each as if it were served alone
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping, MutableSequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from . import logs
 from .counters import Counters
 from .made_with import loras_of
 from .making import Bench, Cancelled, free, make
@@ -79,12 +80,11 @@ def main(
         signal.SIGTERM,
     ):  # they reach the whole group; the server decides what they mean
         signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s"
-    )
+    logs.configure(settings.log_level, settings.log_format)
     counters = Counters(shared)
     line = Line(connection, counters)
     line.tell("phase", phase="importing")
+    logs.adopt()
     *others, name = order
     for other in others:  # looked at once, and let go of before the next: two models seldom fit
         _loaded(line, counters, settings.models[other])
@@ -96,7 +96,8 @@ def _work_with(line: Line, bench: Bench) -> str:
     """Makes clips with one model until another is wanted: the name of that."""
     line.tell("ready")
     while (command := line.jobs.get())["do"] == "generate":
-        _work(line, bench, command)
+        with logs.about(job=command["job"]):
+            _work(line, bench, command)
     return str(command["model"])
 
 
