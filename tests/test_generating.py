@@ -135,7 +135,7 @@ def test_the_frames_are_diffusers_own(pipe: Pipeline) -> None:
     assert (clip.frames.shape, clip.seed) == ((5, 64, 64, 3), 1)
     plain = pipe(
         prompt=PROMPT, negative_prompt="", width=64, height=64, num_frames=5, num_inference_steps=2,
-        guidance_scale=4.0, generator=torch.Generator().manual_seed(1), output_type="np",
+        guidance_scale=3.0, generator=torch.Generator().manual_seed(1), output_type="np",
     ).frames[0]  # fmt: skip
     assert np.array_equal(clip.frames, np.rint(plain * 255).astype(np.uint8))
     assert clip.frames.std() > 1

@@ -51,9 +51,9 @@ def clip_profile(pipe: Pipeline) -> ClipProfile:
         "takes_image": "required" if from_image else "optional" if pipe.config.expand_timesteps else "none",
     }
     if config.text_dim == 128:  # the bundled tiny model
-        second = 4.0 if two else None
+        second = 3.0 if two else None
         return ClipProfile(
-            **common, width=128, height=128, num_frames=17, fps=8, num_inference_steps=20, guidance_scale=4.0,
+            **common, width=128, height=128, num_frames=17, fps=8, num_inference_steps=20, guidance_scale=3.0,
             guidance_scale_2=second, max_pixels=256 * 256, max_frames=65,
         )  # fmt: skip
     common |= {"max_pixels": 1920 * 1088, "max_frames": 257}
