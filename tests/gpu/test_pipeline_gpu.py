@@ -38,7 +38,7 @@ def _latents(pipe: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
     latents: torch.Tensor = pipe(
         "a large red circle moving right on a black background", height=128, width=128, num_frames=17,
-        num_inference_steps=3, guidance_scale=4.0, generator=generator, output_type="latent",
+        num_inference_steps=3, guidance_scale=3.0, generator=generator, output_type="latent",
     ).frames  # fmt: skip
     return latents.float().cpu()
 
