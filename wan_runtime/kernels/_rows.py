@@ -48,7 +48,7 @@ def empty_rows(like: torch.Tensor, codes: bool, dtype: torch.dtype) -> Rows:
 
 @triton.jit
 def load_row(at, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """The WIDTH values at `at` in two parts, A and up to B of them, 0 past the end; see `launch`."""
+    """The WIDTH values at `at` in two parts, A and up to B of them, 0 past the end; see `Launch`."""
     columns = A + tl.arange(0, B)
     a = tl.load(at + tl.arange(0, A))
     if A + B == WIDTH:  # noqa: SIM108 - Triton's if

@@ -65,6 +65,6 @@ def attention_output(
         _attention_output[launch.grid(tokens)](
             x, bias, other, result.values, result.scale, tokens, launch.rows, HAS_BIAS=bias is not None,
             HAS_OTHER=other is not None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes,
-            **launch.constants(width, x.itemsize),
+            **launch.constants(width, x.itemsize + (0 if other is None else other.itemsize)),
         )  # fmt: skip
     return result
