@@ -97,13 +97,9 @@ def patch(
     held_on = _device_of(model)
     if held_on.type != "meta" or opened is None:
         return _patch(model, host, opened, options, _compute_dtype(model), held_on)
-    target = torch.get_default_device()
-    if (
-        target.type == "meta"
-    ):  # as in the block that made the model; nothing that is computed here may lie there
-        with torch.device("cpu"):
-            return _patch(model, host, opened, options, _compute_dtype(model), torch.device("cpu"))
-    report = _patch(model, host, opened, options, _compute_dtype(model), target)
+    target = _readable_on(torch.get_default_device())
+    with target:  # nothing that is computed here may lie on meta, as in the block that made the model
+        report = _patch(model, host, opened, options, _compute_dtype(model), target)
     move_buffers(model, target)
     return report
 
@@ -136,9 +132,13 @@ def load(
     model = builder.build(opened.variant)
     for parameter in model.parameters():  # the host's own .to(dtype) would warn about its fp32 modules
         parameter.data = parameter.data.to(dtype)
-    # A plan needs no values, and checking a file does: for a model on meta it is read on the CPU.
-    _patch(model, builder, opened, options, dtype, torch.device("cpu") if target.type == "meta" else target)
+    _patch(model, builder, opened, options, dtype, _readable_on(target))
     return model.to(target)
+
+
+def _readable_on(device: torch.device) -> torch.device:
+    """Where a file is read for a device: checking it needs values, so for meta that is the CPU."""
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def unpatch(model: nn.Module) -> None:
