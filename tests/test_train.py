@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from wan_runtime.tiny import path
-from wan_runtime.tiny.train import parts, scenes, start, vae
+from wan_runtime.tiny.train import decoder, parts, scenes, start, vae
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 SMALL = [
     "--vae-seconds=1", "--transformer-seconds=1", "--resolution=32", "--vae-batch=2", "--clips=2", "--batch=2",
-    "--looked-at=1", "--steps=2", "--scored=1", "--any-hue",
+    "--decoder-seconds=1", "--looked-at=1", "--steps=2", "--scored=1", "--any-hue",
 ]  # fmt: skip
 
 
@@ -70,6 +70,22 @@ def test_the_vae_goes_on_from_its_moments(tmp_path: Path) -> None:
     moments = [opt.state[p]["exp_avg_sq"].abs().max().item() for p in model.parameters()]
     assert min(opt.state[p]["step"].item() for p in model.parameters()) >= 1
     assert max(moments) > 0
+
+
+def test_the_decoder_is_trained_and_the_latents_stay(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    before = vae.build()
+    start.initialise(before)
+    before.save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    batches = vae.VaeOptions(batch=2, resolution=16)
+    decoder.train(0.5, weights, torch.device("cpu"), batches, decoder.DecoderOptions())
+    changed = {
+        name.split(".")[0]
+        for name, tensor in load_file(weights).items()
+        if not torch.equal(tensor, before.state_dict()[name])
+    }
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_the_vae_starts_with_every_hue_right() -> None:

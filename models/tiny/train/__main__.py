@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from . import both, parts, scenes, tokenizer
+from .decoder import DecoderOptions
 from .transformer import TransformerOptions
 from .vae import VaeOptions
 
@@ -27,10 +28,13 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--out", type=Path, help="the pipeline, such as models/tiny")
     where.add_argument("--run", type=Path, help="all of the run, for `all --resume --out` to go on from")
     every = commands.add_parser(
-        "all", help="VAE, then transformer, then 100 clips scored; 0 seconds skip a stage"
+        "all", help="VAE, decoder, transformer, then 100 clips scored; 0 seconds skip a stage"
     )
     every.add_argument("--out", type=Path, required=True)
     every.add_argument("--vae-seconds", type=float, default=180)
+    every.add_argument(
+        "--decoder-seconds", type=float, default=0, help="on noisy latents; the latents stay what they are"
+    )
     every.add_argument("--transformer-seconds", type=float, default=200)
     every.add_argument("--parts", type=Path, help="also put every result here, in 8 files below 16 MiB")
     every.add_argument(
@@ -39,6 +43,10 @@ def parser() -> argparse.ArgumentParser:
     every.add_argument("--tokenizer", type=Path, default=TINY / "tokenizer")
     every.add_argument(
         "--vae-peak", type=float, default=VaeOptions.peak, help="4e-4 is right for a resumed run"
+    )
+    every.add_argument("--decoder-peak", type=float, default=DecoderOptions.peak)
+    every.add_argument(
+        "--decoder-noise", type=float, default=DecoderOptions.noise, help="in deviations of a channel"
     )
     every.add_argument(
         "--transformer-peak",
@@ -67,9 +75,11 @@ def plan(given: argparse.Namespace, device: torch.device) -> both.Run:
         tokenizer=given.tokenizer,
         vae_seconds=given.vae_seconds,
         transformer_seconds=given.transformer_seconds,
+        decoder_seconds=given.decoder_seconds,
         parts=given.parts,
         resumed=given.resume,
         vae=VaeOptions(batch=given.vae_batch, peak=given.vae_peak, resolution=given.resolution),
+        decoder=DecoderOptions(given.decoder_peak, given.decoder_noise),
         transformer=TransformerOptions(
             clips=given.clips, batch=given.batch, peak=given.transformer_peak, compiled=compiled
         ),

@@ -1,6 +1,7 @@
-"""Both stages one after the other, each saved before anything that could fail: what a GPU lent by the minute needs.
+"""All stages one after the other, each saved before anything that could fail: what a GPU lent by the minute needs.
 
-OUT/state/vae, OUT/state/vae_optimiser.safetensors   stage 1 in fp32 and its moments: `resumed` goes on from them
+OUT/state/vae, OUT/state/vae_optimiser.safetensors   stage 1 in fp32 and its moments: `resumed` goes on from them;
+                                                    the decoder's own training changes the first of them
 OUT/vae                                             stage 1 in bf16, as the pipeline will have it
 OUT/pipeline                                        the pipeline, bf16
 OUT/vae.png, samples.png, scores.json               to look at
@@ -9,6 +10,7 @@ OUT/vae.png, samples.png, scores.json               to look at
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ from safetensors.torch import load_file
 from wan_runtime.pipelines import load_pipeline
 
 from .. import clips, drawing, whole, words
-from . import parts, scenes, sheets, transformer, vae
+from . import decoder, parts, scenes, sheets, transformer, vae
 
 HUE_SHARE = 0.9  # of what rendered clips give: below it, a transformer would learn the wrong colours
 
@@ -34,9 +36,11 @@ class Run:
     tokenizer: Path
     vae_seconds: float
     transformer_seconds: float
+    decoder_seconds: float = 0.0
     parts: Path | None = None
     resumed: bool = False
     vae: vae.VaeOptions = field(default_factory=vae.VaeOptions)
+    decoder: decoder.DecoderOptions = field(default_factory=decoder.DecoderOptions)
     transformer: transformer.TransformerOptions = field(default_factory=transformer.TransformerOptions)
     looked_at: int = 64  # unseen clips for PSNR and hue
     scored: int = 100
@@ -70,12 +74,18 @@ def run(plan: Run, device: torch.device) -> None:
     if plan.vae_seconds:
         train_vae(plan, device)
         tell("vae saved")
+    if plan.decoder_seconds:
+        train_decoder(plan, device)
+        tell("decoder saved")
     round_vae(plan)
     judge_vae(plan, device)
     tell("vae looked at")
     if plan.transformer_seconds:
         train_transformer(plan, device)
         tell("pipeline saved")
+    elif plan.decoder_seconds and plan.pipeline.exists():
+        redecode(plan)
+        tell("pipeline saved with its new decoder")
     if (plan.pipeline / parts.TRANSFORMER).exists():
         look(plan, device)
         tell("scored")
@@ -89,6 +99,19 @@ def train_vae(plan: Run, device: torch.device) -> None:
     vae.train(plan.vae_seconds, plan.state, device, resumed, plan.vae)
     parts.put(plan.weights, plan.parts, parts.VAE)
     parts.put(plan.state / parts.OPTIMISER, plan.parts)
+
+
+def train_decoder(plan: Run, device: torch.device) -> None:
+    """The decoder of what stage 1 left; its encoder, and so the latents, stay as they are."""
+    decoder.train(plan.decoder_seconds, plan.weights, device, plan.vae, plan.decoder)
+    parts.put(plan.weights, plan.parts, parts.VAE)
+
+
+def redecode(plan: Run) -> None:
+    """Gives the pipeline the new decoder; its transformer, and what it knows of the latents, stay."""
+    file = "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(plan.out / "vae" / file, plan.pipeline / "vae" / file)
+    parts.pack(plan.pipeline, plan.parts)
 
 
 def round_vae(plan: Run) -> None:

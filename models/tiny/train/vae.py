@@ -30,6 +30,8 @@ from . import parts, scenes, start
 from .schedule import learning_rate
 
 Step = Callable[[], dict[str, Tensor]]
+Losses = Callable[[AutoencoderKLWan, Tensor], dict[str, Tensor]]
+Sample = Callable[[int, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,24 +59,29 @@ def emphasis(clip: Tensor) -> Tensor:
     return weight / weight.mean((2, 3, 4), keepdim=True)
 
 
-def losses(vae: AutoencoderKLWan, clip: Tensor) -> dict[str, Tensor]:
-    """The terms of the loss for a clip [n, 3, f, h, w] in -1..1; `loss` is what is descended."""
-    mean, log_variance = whole.encode(vae, clip)
-    drawn = whole.decode(vae, mean + torch.randn_like(mean) * (0.5 * log_variance).exp())
+def reconstruction(drawn: Tensor, clip: Tensor) -> dict[str, Tensor]:
+    """How far a decoded clip is from the clip it is to be, [n, 3, f, h, w] in -1..1; `loss` is the sum of all."""
     error, weight = drawn - clip, emphasis(clip)
     l1, mse = (error.abs() * weight).mean(), (error.pow(2) * weight).mean()
     # Differences between neighbours in time, height and width: edges and motion, not only areas.
     edges = torch.stack(
         [(error.diff(dim=d).abs() * weight.narrow(d, 1, weight.shape[d] - 1)).mean() for d in (2, 3, 4)]
     ).sum()
+    return {"loss": l1 + 0.5 * edges + 4 * mse, "l1": l1, "edges": edges}
+
+
+def losses(vae: AutoencoderKLWan, clip: Tensor) -> dict[str, Tensor]:
+    """The terms of the loss for a clip [n, 3, f, h, w] in -1..1; `loss` is what is descended."""
+    mean, log_variance = whole.encode(vae, clip)
+    drawn = whole.decode(vae, mean + torch.randn_like(mean) * (0.5 * log_variance).exp())
+    terms = reconstruction(drawn, clip)
     kl = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).mean()
-    total = l1 + 0.5 * edges + 4 * mse + 1e-4 * kl
-    return {"loss": total, "l1": l1, "edges": edges, "z": mean.std()}
+    return {**terms, "loss": terms["loss"] + 1e-4 * kl, "z": mean.std()}
 
 
 def optimiser(vae: AutoencoderKLWan) -> torch.optim.AdamW:
     """AdamW whose learning rate is a tensor, so that a captured graph reads it anew at each replay."""
-    parameters = list(vae.parameters())
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     device = parameters[0].device
     cuda = device.type == "cuda"
     rate = torch.tensor(1e-5, device=device)  # until the first step of the schedule sets it
@@ -83,15 +90,16 @@ def optimiser(vae: AutoencoderKLWan) -> torch.optim.AdamW:
     )
 
 
-def make_step(vae: AutoencoderKLWan, opt: torch.optim.AdamW, clip: Tensor) -> Step:
+def make_step(vae: AutoencoderKLWan, opt: torch.optim.AdamW, clip: Tensor, losses: Losses) -> Step:
     """One optimiser step on what `clip` holds when it is called; a CUDA graph on a GPU."""
+    trained = [parameter for group in opt.param_groups for parameter in group["params"]]
 
     def step() -> dict[str, Tensor]:
         with torch.autocast(clip.device.type, torch.bfloat16, enabled=clip.device.type == "cuda"):
             terms = losses(vae, clip)
         opt.zero_grad(set_to_none=False)
         terms["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         opt.step()
         return {name: value.detach() for name, value in terms.items()}
 
@@ -172,12 +180,28 @@ def evaluate(vae: AutoencoderKLWan, count: int, seed: int = 10_001) -> tuple[flo
     return -10 * math.log10(frames.mean().item()), (-10 * frames.log10()).tolist()
 
 
-def draw(generator: torch.Generator, options: VaeOptions) -> Tensor:
-    """One batch of clips."""
+def draw(generator: torch.Generator, options: VaeOptions, sample: Sample = scenes.sample) -> Tensor:
+    """One batch of clips: scenes of the classes that `sample` gives, and crowds."""
     size = (options.frames, options.resolution)
-    plain = scenes.sample(options.batch - options.batch // 2, generator)
-    clips = scenes.render(plain, generator, *size)
+    clips = scenes.render(sample(options.batch - options.batch // 2, generator), generator, *size)
     return torch.cat([clips, scenes.crowd(options.batch // 2, generator, *size)])
+
+
+def descend(name: str, seconds: float, opt: torch.optim.AdamW, step: Step, peak: float) -> None:
+    """Takes steps for so many seconds at the schedule's rate, and prints what they give under `name`."""
+    cuda = opt.param_groups[0]["params"][0].device.type == "cuda"
+    begun, count = time.monotonic(), 0
+    while (progress := (time.monotonic() - begun) / seconds) < 1:
+        for group in opt.param_groups:
+            group["lr"].fill_(learning_rate(progress, peak))
+        terms = step()
+        count += 1
+        if count % 200 == 1:
+            values = " ".join(f"{term} {value.item():.4f}" for term, value in terms.items())
+            print(f"{name} step {count} {values} t {time.monotonic() - begun:.0f} s", flush=True)
+        elif cuda and count % 4 == 0:
+            torch.cuda.synchronize()  # the clock above must measure work done, not work queued
+    print(f"{name}: {count} steps in {seconds:.0f} s", flush=True)
 
 
 def train(
@@ -193,20 +217,13 @@ def train(
     if resumed:
         resume(vae, opt, out)
     clip = draw(generator, options)
-    step = make_step(vae, opt, clip)
-    begun, count = time.monotonic(), 0
-    while (progress := (time.monotonic() - begun) / seconds) < 1:
-        for group in opt.param_groups:
-            group["lr"].fill_(learning_rate(progress, options.peak))
+    update = make_step(vae, opt, clip, losses)
+
+    def step() -> dict[str, Tensor]:
         clip.copy_(draw(generator, options))
-        terms = step()
-        count += 1
-        if count % 200 == 1:
-            values = " ".join(f"{name} {value.item():.4f}" for name, value in terms.items())
-            print(f"vae step {count} {values} t {time.monotonic() - begun:.0f} s", flush=True)
-        elif device.type == "cuda" and count % 4 == 0:
-            torch.cuda.synchronize()  # the clock above must measure work done, not work queued
+        return update()
+
+    descend("vae", seconds, opt, step, options.peak)
     vae.eval()
     save(vae, opt, out)
-    print(f"vae: {count} steps in {seconds:.0f} s", flush=True)
     return vae
