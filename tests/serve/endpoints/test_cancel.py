@@ -79,7 +79,7 @@ def test_cancelled_jobs_stop_within_a_step_at_random_moments(
 ) -> None:
     chance = random.Random(5)
     expected: NDArray[np.int16] | None = None
-    baseline = 0
+    baseline = odd = 0
     over: list[float] = []  # seconds that an answer took beyond one step's time
     for number in range(ROUNDS):
         video = started(LONG)
@@ -104,14 +104,15 @@ def test_cancelled_jobs_stop_within_a_step_at_random_moments(
         after = client.videos.create_and_poll(prompt=PROMPT, extra_body={**QUICK, "seed": 3})
         content = client.videos.download_content(after.id).content
         expected = frames_of(content) if expected is None else expected
-        # not the bytes: on a CPU a product's last bit depends on where its operands lie, cancel or no cancel
+        # not the bytes: on a CPU one clip in forty was a little off, cancel or no cancel (docs/log.md)
         assert same_clip(frames_of(content), expected), "the next clip is not what it was before"
+        odd += not np.array_equal(frames_of(content), expected)
         client.videos.delete(after.id)
         baseline = baseline or memory(server)
     assert memory(server) < baseline * 1.15 + 2**25
     print(
         f"beyond a step: median {statistics.median(over):.3f} s, most {max(over):.3f} s; "
-        f"memory {baseline} to {memory(server)}"
+        f"memory {baseline} to {memory(server)}; {odd} of {ROUNDS} clips a little off"
     )
     assert statistics.median(over) < 0.5  # each one's, where nothing else has the cores
 
