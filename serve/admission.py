@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from fastapi import Request
@@ -15,11 +16,12 @@ from wan_runtime import ClipRequest
 
 from .errors import ApiError
 from .inputs import kept
-from .jobs import Job, KeyReused, QueueFull, Terms
+from .jobs import Job
 from .logs import about
 from .parsing import CreateVideo
 from .services import Services
 from .storage import new_id
+from .terms import KeyReused, QueueFull, Terms
 
 log = logging.getLogger("wan_serve")
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -48,7 +50,12 @@ def repeated(served: Services, owner: str | None, key: str, fingerprint: str | N
 
 
 def terms_of(
-    served: Services, model: str, clip: ClipRequest, key: str | None, fingerprint: str | None
+    served: Services,
+    model: str,
+    clip: ClipRequest,
+    key: str | None,
+    fingerprint: str | None,
+    trace: Mapping[str, str] | None = None,
 ) -> Terms:
     """On which a clip may be added. Raises ApiError 422 where it alone is too much for this server."""
     settings = served.settings
@@ -68,6 +75,7 @@ def terms_of(
         max_queue_jobs=MAX_QUEUE_JOBS,
         key=key,
         fingerprint=fingerprint,
+        trace=trace,
     )
 
 

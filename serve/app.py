@@ -66,13 +66,16 @@ def create_app(services: Services) -> FastAPI:
             await run_in_threadpool(services.close)
 
     metrics = Metrics() if services.settings.metrics else None
-    services.engine.tell.hub.listener = metrics.heard if metrics else None
+    if metrics is not None:
+        metrics.listen(services.engine.tell)
     app = FastAPI(
         title="wan-serve",
         summary="Text-to-video with quantised WAN checkpoints, over OpenAI's /v1/videos.",
         lifespan=lifespan,
         middleware=_middleware(services.settings, metrics),
         responses=openapi.ERRORS,
+        # its own spans and logs of requests, which would quote what clients send
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         docs_url=None,  # its pages load their scripts from elsewhere; /openapi.json is ours
         redoc_url=None,
     )

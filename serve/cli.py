@@ -15,14 +15,14 @@ import typer
 import uvicorn
 from rich.console import Console
 
-from . import keys, logs
+from . import keys, logs, otlp
 from .app import create_app
 from .config import TABLES, from_file, with_models
 from .connections import http_config
 from .draining import DrainingServer
 from .dry_run import plan
 from .keys_cli import keys_app
-from .services import Services, open_services
+from .services import Services, SpansRefused, open_services
 from .settings import Settings, is_loopback
 
 # Every option can also come from the environment (WAN_SERVE_PORT for --port), which is how a container is set up.
@@ -111,6 +111,9 @@ def serve(
     embed_metadata: Annotated[bool, typer.Option(help=(
         "Write what decided a clip (prompt, seed, model, versions) into its MP4."))] = DEFAULTS.embed_metadata,
     metrics: Annotated[bool, typer.Option("--metrics", help="Keep metrics for Prometheus, at /metrics.")] = False,
+    otlp_endpoint: Annotated[str | None, typer.Option(help=(
+        "Send OpenTelemetry spans of every job and its phases to the collector at this URL (http://localhost:4318), by "
+        "OTLP over HTTP. Needs `pip install 'wan-runtime[otel]'`."))] = None,
     log_level: Annotated[str, typer.Option(help=f"One of {', '.join(LEVELS)}.")] = DEFAULTS.log_level,
     log_format: Annotated[str, typer.Option(help="text, or json: an object a line.")] = DEFAULTS.log_format,
 ) -> None:  # fmt: skip
@@ -128,6 +131,7 @@ def serve(
         max_queue_seconds=max_queue_seconds,
         max_job_seconds=max_job_seconds, keep_days=keep_days, keep_gib=keep_gib, sweep_seconds=sweep_seconds,
         embed_metadata=embed_metadata, metrics=metrics, log_format=log_format,
+        otlp_endpoint=otlp_endpoint,
     )  # fmt: skip
     settings = with_models(settings, context.meta.get(TABLES, {}))
     _check(settings)
@@ -185,6 +189,8 @@ def _check(settings: Settings) -> None:
         raise typer.BadParameter(
             f"--log-format is {settings.log_format!r}; it must be one of {', '.join(logs.FORMATS)}."
         )
+    if settings.otlp_endpoint is not None and (problem := otlp.refusal(settings.otlp_endpoint)):
+        raise typer.BadParameter(problem)
     if settings.checkpoint_low and not settings.checkpoint:
         raise typer.BadParameter("--checkpoint-low needs --checkpoint, the high-noise expert.")
     if not is_loopback(settings.host) and not settings.allow_remote and not settings.api_keys:
@@ -215,6 +221,8 @@ def _open(settings: Settings, on_fatal: Callable[[str], None]) -> Services:
         return open_services(settings, on_fatal)
     except BlockingIOError:
         problem = f"another wan-serve has the data directory {settings.data_dir}. Stop it, or give another --data-dir."
+    except SpansRefused as error:
+        problem = f"OpenTelemetry does not take its variables (OTEL_...) in the environment: {error}"
     except (OSError, ValueError, sqlite3.Error) as error:
         problem = f"the data directory {settings.data_dir} cannot be used: {error}"
     typer.secho(f"wan-serve cannot start: {problem}", fg="red", err=True)

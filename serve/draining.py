@@ -27,6 +27,7 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The handler of SIGTERM and SIGINT."""
         if self._told:
+            self._services.engine.drain_by = 0.0
             self._end()
             return
         self._told = True

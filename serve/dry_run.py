@@ -58,6 +58,7 @@ def _settings(settings: Settings) -> Table:
         "address": f"{settings.host}, port {settings.port}",
         "API keys": keys,
         "jobs and clips": settings.data_dir,
+        "spans": settings.otlp_endpoint and f"sent to {settings.otlp_endpoint}",
     }
     for name, value in rows.items():
         if value is not None:

@@ -8,12 +8,13 @@ from .jobs import Job, JobStore
 from .storage import Storage
 
 
-def fail_cancelled(store: JobStore, job_id: str) -> None:
-    """A running job has been stopped, because nobody wants it any more."""
+def fail_cancelled(store: JobStore, job_id: str) -> Job | None:
+    """A running job has been stopped, because nobody wants it any more. The job, failed, if it was running."""
     job = store.get(job_id)
-    if job is not None:
-        steps = f"{job.step} of {job.request['num_inference_steps']} steps"
-        store.fail(job_id, "cancelled", f"The job was cancelled while it ran, after {steps}.")
+    if job is None:
+        return None
+    steps = f"{job.step} of {job.request['num_inference_steps']} steps"
+    return store.fail(job_id, "cancelled", f"The job was cancelled while it ran, after {steps}.")
 
 
 def fail_unserved(store: JobStore, job: Job) -> None:

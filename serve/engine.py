@@ -50,6 +50,7 @@ class Engine:
     ) -> None:
         self.state = EngineState()
         self.draining = False
+        self.drain_by = 0.0  # on the monotonic clock
         self._settings, self._store, self._storage, self._on_fatal = settings, store, storage, on_fatal
         self.forecast = Forecast(store, lambda: self.state)
         self.tell = Teller(store, self.forecast, lambda: self.state)
@@ -80,8 +81,8 @@ class Engine:
         """Takes no more jobs, and waits until the running one has ended, or for so many seconds."""
         self.draining = True
         self.wake()
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self.state.pid is not None and not self._drained.wait(0.1):
+        self.drain_by = time.monotonic() + seconds
+        while time.monotonic() < self.drain_by and self.state.pid is not None and not self._drained.wait(0.1):
             pass
 
     def wake(self) -> None:
@@ -110,7 +111,7 @@ class Engine:
 
     def _enter(self, phase: str) -> None:
         self.state = replace(self.state, phase=phase)
-        self.tell.queue()
+        self.tell.entered(phase)
 
     def _supervise(self) -> None:
         try:
@@ -259,15 +260,15 @@ class Engine:
 
     def _end(self, job_id: str, event: str, message: dict[str, Any]) -> None:
         if event == "done":
-            self._store.complete(job_id, size=message["size"])
+            row = self._store.complete(job_id, size=message["size"])
             self._learn(job_id)
         elif event == "cancelled":
-            fail_cancelled(self._store, job_id)
+            row = fail_cancelled(self._store, job_id)
         else:
-            self._store.fail(job_id, message["code"], message["message"])
+            row = self._store.fail(job_id, message["code"], message["message"])
         self._job = None
         self._unwanted.discard(job_id)
-        self.tell.end(job_id)
+        self.tell.end(job_id, row)
 
     def _learn(self, job_id: str) -> None:
         """Corrects the predictions by what a job took."""

@@ -13,7 +13,7 @@ import json
 import secrets
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +44,6 @@ class Hub:
     def __init__(self) -> None:
         self.epoch = secrets.token_hex(4)  # ids of another server's life mean nothing to this one
         self.closed = False
-        self.listener: Callable[[str, str, Mapping[str, Any]], None] | None = (
-            None  # hears of every job's events
-        )
         self._lock = threading.Lock()
         self._number = 0
         self._logs: OrderedDict[str, list[Event]] = OrderedDict()
@@ -66,8 +63,6 @@ class Hub:
             self._logs.move_to_end(job_id)
             while len(self._logs) > MAX_JOBS:
                 self._logs.popitem(last=False)
-        if self.listener is not None:
-            self.listener(job_id, name, data)
         self._wake(job_id)
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .schema import migrate
+from .terms import DEFAULT_TERMS, KeyReused, QueueFull, Terms
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -50,6 +51,7 @@ class Job:
     fingerprint: str | None = None
     bytes: int = 0
     made_with: Mapping[str, Any] | None = None
+    trace: Mapping[str, str] | None = None
 
     @property
     def progress(self) -> int:
@@ -57,32 +59,6 @@ class Job:
         if self.status == "completed":
             return 100
         return min(99, 100 * self.step // int(self.request["num_inference_steps"]))
-
-
-class QueueFull(Exception):
-    """The queue holds `jobs` jobs, predicted to take `seconds`, and takes no more now."""
-
-    def __init__(self, jobs: int, seconds: float) -> None:
-        super().__init__(f"{jobs} jobs of {seconds:.0f} s are waiting")
-        self.jobs, self.seconds = jobs, seconds
-
-
-class KeyReused(Exception):
-    """An idempotency key came again with another body."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Terms:
-    """On which a job is taken in: what it is predicted to cost, what may be waiting before it, its idempotency key."""
-
-    cost_seconds: float = 0.0
-    max_queue_seconds: float = float("inf")
-    max_queue_jobs: float = float("inf")
-    key: str | None = None
-    fingerprint: str | None = None
-
-
-DEFAULT_TERMS = Terms()
 
 
 class JobStore:
@@ -155,9 +131,9 @@ class JobStore:
                 raise QueueFull(jobs, seconds)
             [job] = self._execute(
                 "INSERT INTO jobs (id, status, model, request, created_at, owner, cost_seconds, idempotency_key, "
-                "fingerprint) VALUES (?, 'queued', ?, ?, ?, ?, ?, ?, ?) RETURNING *",
+                "fingerprint, trace) VALUES (?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?) RETURNING *",
                 job_id, model, json.dumps(request), time.time(), owner, terms.cost_seconds, terms.key,
-                terms.fingerprint,
+                terms.fingerprint, json.dumps(terms.trace) if terms.trace is not None else None,
             )  # fmt: skip
             return job
 
@@ -228,29 +204,29 @@ class JobStore:
             job_id,
         )
 
-    def complete(self, job_id: str, *, size: int = 0) -> None:
-        """A running job's files are in their place, `size` bytes of them."""
-        self._rows(
+    def complete(self, job_id: str, *, size: int = 0) -> Job | None:
+        """A running job's files are in their place, `size` bytes of them. The job, if it was one."""
+        rows = self._rows(
             "UPDATE jobs SET status = 'completed', phase = NULL, completed_at = ?, bytes = ? "
             "WHERE id = ? AND status = 'in_progress' RETURNING *",
             time.time(),
             size,
             job_id,
         )
+        return _first(rows)
 
-    def fail(self, job_id: str, code: str, message: str, *, status: Status = "in_progress") -> bool:
-        """A running job (or one of another `status`) ended without a clip, for this reason. Whether it was one."""
-        return bool(
-            self._rows(
-                "UPDATE jobs SET status = 'failed', phase = NULL, completed_at = ?, error_code = ?, "
-                "error_message = ? WHERE id = ? AND status = ? RETURNING *",
-                time.time(),
-                code,
-                message,
-                job_id,
-                status,
-            )
+    def fail(self, job_id: str, code: str, message: str, *, status: Status = "in_progress") -> Job | None:
+        """A running job (or one of another `status`) ended without a clip, for this reason. The job, if it was one."""
+        rows = self._rows(
+            "UPDATE jobs SET status = 'failed', phase = NULL, completed_at = ?, error_code = ?, error_message = ? "
+            "WHERE id = ? AND status = ? RETURNING *",
+            time.time(),
+            code,
+            message,
+            job_id,
+            status,
         )
+        return _first(rows)
 
     def requeue(self, job_id: str, *, counts: bool) -> None:
         """Puts a running job back where it was in the queue. After an orderly stop the attempt does not count."""
@@ -273,15 +249,19 @@ class JobStore:
         """Removes the row, unless it has the given status. Whether it did."""
         return bool(self._rows("DELETE FROM jobs WHERE id = ? AND status != ? RETURNING *", job_id, unless))
 
-    def recover(self, size_of: Callable[[str], int]) -> None:
+    def recover(self, size_of: Callable[[str], int]) -> list[str]:
         """After a restart: what was running is completed if its files are there (`size_of` gives their bytes, 0 for
-        none), else queued again, or failed where that has been tried before."""
-        for job in self.with_status("in_progress"):
+        none), else queued again, or failed where that has been tried before. The ids of the jobs that ended so."""
+        running = self.with_status("in_progress")
+        for job in running:
             if size := size_of(job.id):
                 self.complete(job.id, size=size)
             else:
                 where = f"in the phase {job.phase!r}, after {job.step} steps"
                 self.interrupted(job, "server_restarted", f"The server ended while this job ran, {where}.")
+        return [
+            job.id for job in map(self.get, (job.id for job in running)) if job and job.status != "queued"
+        ]
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -302,5 +282,6 @@ def _first(jobs: list[Job]) -> Job | None:
 
 def _job(row: dict[str, Any]) -> Job:
     row["request"] = json.loads(row["request"])
-    row["made_with"] = json.loads(row["made_with"]) if row["made_with"] else None
+    for name in ("made_with", "trace"):
+        row[name] = json.loads(row[name]) if row[name] else None
     return Job(**row)

@@ -97,7 +97,10 @@ def _make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mappin
         bench.check(job_id)
 
     start = read_kept(bench.storage.start_image(job_id), request.image) if request.image else None
-    with _between_chunks(bench.pipe.vae, on_chunk, lambda: bench.check(job_id)):
+    with (
+        _at_first_step(bench.pipe, lambda: bench.tell("phase", job=job_id, phase="denoise", step=0)),
+        _between_chunks(bench.pipe.vae, on_chunk, lambda: bench.check(job_id)),
+    ):
         clip = wan_runtime.generate(bench.pipe, request, on_step, image=start, loras=bench.loras())
     bench.check(job_id)
     bench.tell("phase", job=job_id, phase="encode", step=steps)
@@ -110,6 +113,26 @@ def _make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mappin
     wan_runtime.write_video(clip.frames, storage.video(job_id), request.fps, tags)
     bench.counters.count("clips")
     return storage.size(job_id)
+
+
+@contextlib.contextmanager
+def _at_first_step(pipe: Any, on_begin: Callable[[], None]) -> Iterator[None]:
+    """Calls `on_begin` once, before a transformer runs for the first time: the prompt is read, and denoising begins."""
+
+    def begin(*_: Any) -> None:
+        let_go()
+        on_begin()
+
+    def let_go() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    parts = [part for part in (pipe.transformer, pipe.transformer_2) if part is not None]
+    hooks = [part.register_forward_pre_hook(begin) for part in parts]
+    try:
+        yield
+    finally:
+        let_go()
 
 
 @contextlib.contextmanager

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .jobs import Job
+from .phases import Phase
+
 if TYPE_CHECKING:
     from .services import Services
+    from .telling import Teller
 
 MINUTE, HOUR = 60, 3600
 LONG = (
@@ -40,7 +44,7 @@ METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 
 
 class Metrics:
-    """What has happened since the server started. `heard` is called by the engine's thread, all else by requests."""
+    """What has happened since the server started. Any thread may report."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -62,29 +66,31 @@ class Metrics:
         self.failures = Counter(
             "wan_job_failures", "Jobs that failed, by their error's code.", ("code",), **kept
         )
-        self._now: dict[
-            str, tuple[str, float, float]
-        ] = {}  # job -> its last event, when it came, and when the first
+        self._since: dict[str, float] = {}  # job -> when its last step ended, or its first began
 
-    def heard(self, job_id: str, name: str, data: Mapping[str, Any]) -> None:
-        """One event of a job, as its readers get it."""
+    def listen(self, tell: Teller) -> None:
+        """From now on counts what becomes of jobs."""
+        tell.listeners.append(self.heard)
+        tell.timeline.listeners.append(self.ended)
+
+    def heard(self, job: Job, name: str) -> None:
+        """What a job has come to: here, the beginning of its first step and the end of each."""
         now = time.monotonic()
-        if name in ("queued", "loading", "deleted"):
-            self._now.pop(job_id, None)
-        elif name in ("done", "failed"):
-            last, since, begun = self._now.pop(job_id, ("", now, now))
-            if last in ("decode", "encode"):
-                self.phases.labels(last).observe(now - since)
-            self.jobs.labels(name).observe(now - begun)
-            if name == "failed":
-                self.failures.labels(str(data["error"]["code"])).inc()
-        elif name != "preview":
-            last, since, begun = self._now.get(job_id, ("", now, now))
-            if last == name == "step":  # the first also holds the reading of the prompt
-                self.steps.observe(now - since)
-            elif last in ("decode", "encode"):
-                self.phases.labels(last).observe(now - since)
-            self._now[job_id] = (name, now, begun)
+        if name == "step" and (since := self._since.get(job.id)) is not None:
+            self.steps.observe(now - since)
+        if name in ("denoise", "step"):
+            self._since[job.id] = now
+        else:
+            self._since.pop(job.id, None)
+
+    def ended(self, job: Job, phases: Sequence[Phase]) -> None:
+        """A job has ended, after these phases."""
+        for phase in phases:
+            self.phases.labels(phase.name).observe(phase.end - phase.begin)
+        end = job.completed_at or 0.0
+        self.jobs.labels("failed" if job.error_code else "done").observe(end - (job.started_at or end))
+        if job.error_code:
+            self.failures.labels(job.error_code).inc()
 
     def text(self, served: Services) -> bytes:
         """Everything in Prometheus's text format, with the queue and the worker as they are now."""

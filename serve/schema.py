@@ -36,6 +36,9 @@ MIGRATIONS = (
     ALTER TABLE jobs ADD COLUMN made_with TEXT;                        -- what decided the clip, as JSON
     CREATE UNIQUE INDEX jobs_by_key ON jobs (ifnull(owner, ''), idempotency_key);  -- nulls are distinct
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN trace TEXT;  -- the client's W3C trace context, as JSON; null where spans were not sent
+    """,
 )
 
 

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Annotated
+from typing import IO, TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
@@ -23,6 +23,15 @@ from .start_images import Intake, open_intake
 from .storage import Storage
 from .sweeper import Sweeper
 
+if TYPE_CHECKING:
+    from .spans import Spans
+
+FLUSH_SECONDS = (1.0, 5.0)  # at least and at most, for the last spans to reach their collector
+
+
+class SpansRefused(Exception):
+    """OpenTelemetry's SDK cannot be set up, for this reason."""
+
 
 @dataclass(frozen=True)
 class Services:
@@ -36,6 +45,8 @@ class Services:
     lock: IO[str]
     intake: Intake
     keys: KeyRing | None = None
+    spans: Spans | None = None
+    recovered: Sequence[str] = ()  # jobs that the last server left running, and that have ended with it
     # A key's limits hold only if nothing is added while they are looked at.
     creating: asyncio.Lock = field(default_factory=asyncio.Lock)
     started_at: float = field(default_factory=time.time)
@@ -45,15 +56,28 @@ class Services:
         settings = self.settings.models[model]
         return None if settings.lora_dir is None else loras_of(settings)
 
+    def trace(self, request: Request) -> Mapping[str, str] | None:
+        """The trace that a request belongs to, where spans are made and it names one."""
+        if self.spans is None:
+            return None
+        from .spans import trace_of
+
+        return trace_of(request.headers)
+
     def start(self) -> None:
         """Begins the work, and returns at once."""
+        for job_id in self.recovered:
+            self.engine.tell.end(job_id)
         self.engine.start()
         self.sweeper.start()
 
     def close(self) -> None:
-        """Ends the worker and gives the data directory back."""
+        """Ends the worker, sends the last spans and gives the data directory back."""
         self.sweeper.stop()
         self.engine.stop()
+        if self.spans is not None:
+            least, most = FLUSH_SECONDS
+            self.spans.close(min(max(self.engine.drain_by - time.monotonic(), least), most))
         self.store.close()
         self.lock.close()
 
@@ -62,7 +86,7 @@ def open_services(settings: Settings, on_fatal: Callable[[str], None]) -> Servic
     """Takes the data directory, brings its jobs and files to one truth, and prepares (not starts) the engine.
 
     Raises BlockingIOError where another server has the directory, OSError, ValueError or sqlite3.Error where it cannot
-    be used.
+    be used, and SpansRefused.
     """
     keys = KeyRing(settings.api_keys) if settings.api_keys else None
     storage = Storage(settings.data_dir)
@@ -71,15 +95,30 @@ def open_services(settings: Settings, on_fatal: Callable[[str], None]) -> Servic
         lock = undo.enter_context(storage.lock())
         store = JobStore(storage.database)
         undo.callback(store.close)
-        store.recover(storage.size)
+        recovered = store.recover(storage.size)
         with_id = {status: [job.id for job in store.with_status(status)] for status in STATUSES}
         storage.sweep(with_id.pop("completed"), itertools.chain(*with_id.values()))
         engine = Engine(settings, store, storage, on_fatal)
         sweeper = Sweeper(settings, store, storage, engine.tell)
         intake = open_intake(settings.allow_image_host)
-        services = Services(settings, storage, store, engine, sweeper, lock, intake, keys)
+        spans = _open_spans(settings, engine)
+        services = Services(settings, storage, store, engine, sweeper, lock, intake, keys, spans, recovered)
         undo.pop_all()
     return services
+
+
+def _open_spans(settings: Settings, engine: Engine) -> Spans | None:
+    if settings.otlp_endpoint is None:
+        return None
+    from .collector import open_provider
+    from .spans import Spans
+
+    try:
+        spans = Spans(open_provider(settings.otlp_endpoint))
+    except ValueError as error:
+        raise SpansRefused(str(error)) from error
+    engine.tell.timeline.listeners.append(spans.ended)
+    return spans
 
 
 async def _of(request: Request) -> Services:  # async, or each request would wait for a thread to do this

@@ -54,6 +54,7 @@ class Settings:
     log_level: str = "info"
     log_format: str = "text"
     metrics: bool = False  # kept for Prometheus, at /metrics
+    otlp_endpoint: str | None = None  # of the collector to which spans of jobs are sent
     more: tuple[Settings, ...] = ()  # the models beside this one, each as if it were served alone
 
     @property

@@ -34,5 +34,5 @@ async def stop_job(served: Services, job_id: str) -> Job | None:
 
 def _drop(served: Services, job_id: str) -> None:
     message = "The job was cancelled before it was begun."
-    if served.store.fail(job_id, "cancelled", message, status="queued"):
-        served.engine.tell.end(job_id)
+    if job := served.store.fail(job_id, "cancelled", message, status="queued"):
+        served.engine.tell.end(job_id, job)

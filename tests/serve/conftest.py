@@ -90,7 +90,7 @@ def wait_for(done: Callable[[], object], what: str, server: Server | None = None
         time.sleep(0.05)
 
 
-def start(data_dir: Path, *options: str) -> Server:
+def start(data_dir: Path, *options: str, **environment: str) -> Server:
     """A server that has bound its port; the worker may still be loading."""
     data_dir.mkdir(parents=True, exist_ok=True)
     log = data_dir / "server.log"
@@ -105,7 +105,9 @@ def start(data_dir: Path, *options: str) -> Server:
         *options,
     ]
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env={**ENVIRONMENT, **environment}
+        )
     server = Server(process, "", log, data_dir)
     address = re.compile(r"listening on (http://\S+),")
     wait_for(lambda: address.search(log.read_text()), "the server to bind its port", server)
@@ -124,9 +126,9 @@ def start(data_dir: Path, *options: str) -> Server:
 
 
 @contextmanager
-def running(data_dir: Path, *options: str) -> Iterator[Server]:
+def running(data_dir: Path, *options: str, **environment: str) -> Iterator[Server]:
     """A server for a while. It is killed at the end if it has not been stopped."""
-    server = start(data_dir, *options)
+    server = start(data_dir, *options, **environment)
     try:
         yield server
     finally:

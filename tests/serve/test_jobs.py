@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from wan_runtime.serve.jobs import Job, JobStore, KeyReused, QueueFull, Terms
+from wan_runtime.serve.jobs import Job, JobStore
 from wan_runtime.serve.schema import MIGRATIONS
+from wan_runtime.serve.terms import KeyReused, QueueFull, Terms
 
 REQUEST = {"prompt": "a circle", "num_inference_steps": 30}
 

@@ -1,0 +1,237 @@
+"""OpenTelemetry: a real server's spans, as they arrive at a collector that reads OTLP."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from starlette.datastructures import Headers
+
+from tests.serve.collecting import Collector, collecting, values
+from tests.serve.conftest import QUICK, Server, running, wait_for
+from wan_runtime.serve import keys
+from wan_runtime.serve.spans import trace_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+PROMPT = "a small purple circle moving up on a green background"
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
+LONG = {**QUICK, "num_inference_steps": 200}
+PHASES = ["queued", "text", "denoise", "decode", "encode"]
+ENVIRONMENT = {
+    "OTEL_BSP_SCHEDULE_DELAY": "100",
+    "OTEL_EXPORTER_OTLP_TIMEOUT": "3",
+    "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=test",
+    "FASTAPI_OTEL_AUTO_CONFIGURE": "true",  # FastAPI's own telemetry stays off all the same
+}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A server that sends spans, the collector that gets them, and a client with a key."""
+
+    server: Server
+    collector: Collector
+    secret: str
+    key_id: str
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.server.url}/v1", api_key=self.secret, max_retries=0)
+
+    def cancel(self, job: str) -> None:
+        headers = {"authorization": f"Bearer {self.secret}"}
+        httpx.post(f"{self.server.url}/v1/videos/{job}/cancel", headers=headers, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
+    root = tmp_path_factory.mktemp("traced")
+    secret, record = keys.make("tester")
+    file = root / "keys.json"
+    file.write_text(json.dumps({"keys": [asdict(record)]}))
+    with collecting() as collector:
+        options = ("--otlp-endpoint", collector.url, "--api-keys", str(file))
+        environment = {**ENVIRONMENT, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
+        with running(root / "data", *options, **environment) as server:
+            server.wait_ready()
+            yield Traced(server, collector, secret, record.id)
+
+
+def step_of(client: openai.OpenAI, job: str) -> int:
+    return int((client.videos.retrieve(job).model_extra or {})["step"])
+
+
+def check_nesting(job: Span, phases: list[Span]) -> None:
+    """Phases follow each other without a gap, from the job's beginning to its end, and say whose they are."""
+    assert phases[0].start_time_unix_nano == job.start_time_unix_nano
+    assert phases[-1].end_time_unix_nano == job.end_time_unix_nano
+    for one, other in itertools.pairwise(phases):
+        assert one.start_time_unix_nano <= one.end_time_unix_nano == other.start_time_unix_nano
+    assert {span.trace_id for span in phases} == {job.trace_id}
+
+
+@pytest.mark.slow
+def test_a_job_is_a_span_below_the_clients_with_its_phases_inside(traced: Traced) -> None:
+    body = {**QUICK, "num_inference_steps": 8, "seed": 7}
+    headers = {"traceparent": TRACEPARENT, "tracestate": "vendor=1"}
+    before = time.time_ns()
+    with traced.client() as client:
+        made = client.videos.create(prompt=PROMPT, extra_body=body, extra_headers=headers)
+        wait_for(lambda: step_of(client, made.id) > 0, "a first step")
+        stepped = time.time_ns()
+        assert client.videos.poll(made.id).status == "completed"
+    after = time.time_ns()
+    job = traced.collector.job(made.id)
+    assert (job.name, job.trace_id.hex(), job.parent_span_id.hex()) == ("job", TRACE, PARENT)
+    assert (job.trace_state, job.status.code) == ("vendor=1", Status.STATUS_CODE_UNSET)
+    assert before < job.start_time_unix_nano < stepped < job.end_time_unix_nano < after
+    assert values(job.attributes) == {
+        "wan.job.id": made.id, "wan.job.status": "completed", "wan.job.attempts": 1, "wan.model": "wan-tiny",
+        "wan.size": "64x64", "wan.num_frames": 5, "wan.num_inference_steps": 8, "wan.seed": 7,
+        "wan.key.id": traced.key_id,
+    }  # fmt: skip
+    phases = traced.collector.phases(job)
+    assert [span.name for span in phases] == PHASES
+    check_nesting(job, phases)
+    denoise = phases[2]
+    assert denoise.start_time_unix_nano < stepped  # and not where its first step ended
+    lasted = {span.name: span.end_time_unix_nano - span.start_time_unix_nano for span in phases}
+    assert max(lasted, key=lambda name: lasted[name]) == "denoise"
+
+
+def test_cancelled_jobs_have_the_error_and_those_without_a_valid_parent_a_trace_of_their_own(
+    traced: Traced,
+) -> None:
+    with traced.client() as client:
+        malformed = {"traceparent": TRACEPARENT.replace("-01", "-1")}
+        ran = client.videos.create(prompt=PROMPT, extra_body=LONG, extra_headers=malformed).id
+        waited = client.videos.create(prompt=PROMPT, extra_body=LONG).id
+        wait_for(lambda: step_of(client, ran) > 0, "a first step")
+        traced.cancel(waited)
+        client.videos.delete(ran)  # cancels it first, and takes the row away
+    jobs = [traced.collector.job(name) for name in (ran, waited)]
+    for job in jobs:
+        assert (job.status.code, job.status.message) == (Status.STATUS_CODE_ERROR, "cancelled")
+        assert values(job.attributes)["error.type"] == "cancelled"
+        assert job.parent_span_id == b""
+    assert len({TRACE, *(job.trace_id.hex() for job in jobs)}) == 3
+    of_ran, of_waited = map(traced.collector.phases, jobs)
+    assert [span.name for span in of_ran] == ["queued", "text", "denoise"]
+    assert [span.name for span in of_waited] == ["queued"]
+    for job, phases in zip(jobs, (of_ran, of_waited), strict=True):
+        check_nesting(job, phases)
+    codes = [span.status.code for span in of_ran]
+    assert codes == [Status.STATUS_CODE_UNSET, Status.STATUS_CODE_UNSET, Status.STATUS_CODE_ERROR]
+
+
+def test_what_is_sent_says_who_sends_it_and_holds_neither_prompt_nor_key(traced: Traced) -> None:
+    sent = b"".join(traced.collector.bodies)
+    assert b"wan.job.id" in sent
+    for hidden in (
+        PROMPT.encode(),
+        b"purple",
+        traced.secret.encode(),
+        traced.secret.rpartition("_")[2].encode(),
+    ):
+        assert hidden not in sent
+    assert {span.name for span in traced.collector.spans()} <= {"job", "loading", *PHASES}  # and no request's
+    [resource] = {
+        resource.SerializeToString(): resource
+        for request in traced.collector.requests
+        for resource in (each.resource for each in request.resource_spans)
+    }.values()
+    told = values(resource.attributes)
+    assert told["service.name"] == "wan-serve"
+    assert told["deployment.environment.name"] == "test"
+
+
+@pytest.mark.slow
+def test_a_job_keeps_its_trace_over_a_restart_and_a_collector_that_is_gone_costs_a_warning(
+    tmp_path: Path,
+) -> None:
+    with collecting() as collector:
+        options = ("--otlp-endpoint", collector.url, "--drain-seconds", "0")
+        with running(tmp_path, *options, **ENVIRONMENT) as server:
+            server.wait_ready()
+            with server.client() as client:
+                done = client.videos.create_and_poll(prompt=PROMPT, extra_body=QUICK).id
+                headers = {"traceparent": TRACEPARENT}
+                made = client.videos.create(prompt=PROMPT, extra_body=LONG, extra_headers=headers).id
+                wait_for(lambda: step_of(client, made) > 0, "a first step")
+            server.process.terminate()
+            assert server.process.wait(60) == 0
+        assert [
+            values(span.attributes)["wan.job.id"] for span in collector.spans() if span.name == "job"
+        ] == [done]
+        again = running(tmp_path, *options, **ENVIRONMENT)
+        server = again.__enter__()
+        with server.client() as client:
+            assert client.videos.poll(made).status == "completed"
+        job = collector.job(made)
+        assert (job.trace_id.hex(), job.parent_span_id.hex()) == (TRACE, PARENT)
+        phases = collector.phases(job)
+        assert [span.name for span in phases] == ["loading", *PHASES]
+        # what was before the restart is in the job's time and in no phase
+        assert job.start_time_unix_nano < phases[0].start_time_unix_nano
+        assert job.end_time_unix_nano == phases[-1].end_time_unix_nano
+    try:
+        _works_without_a_collector(server)
+    finally:
+        again.__exit__(None, None, None)
+
+
+def _works_without_a_collector(server: Server) -> None:
+    """Part of the test above, which has the server for it: its collector is gone."""
+    with server.client() as client:
+        for number in range(3):
+            video = client.videos.create_and_poll(prompt=PROMPT, extra_body={**QUICK, "seed": number})
+            assert video.status == "completed"
+            time.sleep(1.5)  # several tries, each of which OpenTelemetry's exporter would log
+    told = [
+        line
+        for line in server.log.read_text().splitlines()
+        if "/v1/traces" in line or "opentelemetry" in line
+    ]
+    assert len(told) == 1, told
+    assert "takes no spans, and they are dropped until it does" in told[0] and "refused" in told[0]
+    server.process.terminate()
+    began = time.monotonic()
+    assert server.process.wait(60) == 0
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [],
+        [TRACEPARENT, TRACEPARENT],
+        [""],
+        [TRACEPARENT.upper()],
+        [TRACEPARENT[:-1]],
+        [f"{TRACEPARENT}-more"],
+        [f"ff{TRACEPARENT[2:]}"],
+        [f"00-{'0' * 32}-{PARENT}-01"],
+        [f"00-{TRACE}-{'0' * 16}-01"],
+        [f"00-{TRACE[:-1]}g-{PARENT}-01"],
+        [f"01-{TRACE}-{PARENT}-01-{'x' * 600}"],
+    ],
+)
+def test_a_parent_that_is_not_valid_is_ignored(sent: list[str]) -> None:
+    assert trace_of(Headers(raw=[(b"traceparent", one.encode()) for one in sent])) is None
+
+
+def test_a_valid_parent_is_kept_as_this_version_of_the_standard_writes_it() -> None:
+    later = f"01-{TRACE}-{PARENT}-01-more"
+    states = [(b"tracestate", b"a=1,b=2"), (b"tracestate", b"c=3")]
+    kept = trace_of(Headers(raw=[(b"traceparent", later.encode()), *states]))
+    assert kept == {"traceparent": TRACEPARENT, "tracestate": "a=1,b=2,c=3"}
+    unsampled = TRACEPARENT[:-1] + "0"
+    assert trace_of(Headers({"traceparent": unsampled})) == {"traceparent": unsampled}
