@@ -12,7 +12,7 @@ FROM ${BASE_IMAGE} AS build
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
-# "serve,fast" adds FlashAttention 3, for Hopper GPUs.
+# "serve,fast" adds FlashAttention 3, for Hopper GPUs; "serve,otel" OpenTelemetry's spans (--otlp-endpoint).
 ARG EXTRAS=serve
 ENV PIP_CONSTRAINT=/src/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src

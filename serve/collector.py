@@ -15,7 +15,7 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
-from wan_runtime import __version__
+import wan_runtime
 
 from .otlp import PATH
 
@@ -70,7 +70,9 @@ def open_provider(endpoint: str) -> TracerProvider:
     Raises ValueError where OpenTelemetry cannot take the value of one of its variables in the environment.
     """
     given = OTELResourceDetector().detect().attributes
-    resource = Resource.create({"service.name": "wan-serve", "service.version": __version__, **given})
+    resource = Resource.create(
+        {"service.name": "wan-serve", "service.version": wan_runtime.__version__, **given}
+    )
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # it would wait for 30 s
     provider.add_span_processor(BatchSpanProcessor(_Exporter(endpoint.rstrip("/") + PATH)))
     return provider

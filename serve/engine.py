@@ -24,7 +24,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from . import costs, worker
-from .counters import NAMES, Counters
+from .counters import SIZE, Counters
 from .endings import fail_cancelled, fail_unserved, how_it_ended, settle
 from .forecast import Forecast
 from .jobs import Job, JobStore
@@ -141,7 +141,7 @@ class Engine:
     def _one_worker(self) -> tuple[bool, str]:
         """One worker's life. Whether it was ever ready, and why it ended."""
         ours, theirs = SPAWN.Pipe()
-        shared = SPAWN.RawArray("Q", len(NAMES))
+        shared = SPAWN.RawArray("Q", SIZE)
         process = SPAWN.Process(
             target=worker.main, name="wan-worker", daemon=True,
             args=(theirs, self._settings, self._to_load(), os.getpid(), shared),

@@ -62,7 +62,21 @@ def make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mapping
             log.exception("%s failed", job_id)
         outcome = Outcome("failed", {"code": code, "message": message})
     free(bench.pipe)  # not earlier: the exception's traceback holds the frames, and they the tensors
+    note_memory(bench.counters)
     return outcome
+
+
+def note_memory(counters: Counters, *, anew: bool = False) -> None:
+    """Notes what this process takes of the GPUs; `anew` starts the peak over, for a new job."""
+    import torch
+
+    held = peak = 0
+    for device in range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ():
+        if anew:
+            torch.cuda.reset_peak_memory_stats(device)
+        held += torch.cuda.memory_reserved(device)
+        peak += torch.cuda.max_memory_allocated(device)
+    counters.take(held, peak)
 
 
 def free(pipe: Any) -> None:
@@ -81,12 +95,14 @@ def _make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mappin
     request = wan_runtime.ClipRequest(**asked)
     steps = request.num_inference_steps
     bench.check(job_id)
+    note_memory(bench.counters, anew=True)
     bench.tell("phase", job=job_id, phase="text", step=0)
 
     previews = Previews(bench.preview_map)
 
     def on_step(done: int, steps: int) -> None:
         bench.counters.count("steps")
+        note_memory(bench.counters)
         bench.tell("phase", job=job_id, phase="denoise" if done < steps else "decode", step=done)
         bench.check(job_id)
         if image := previews.take(bench.pipe):
@@ -94,6 +110,7 @@ def _make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mappin
 
     def on_chunk() -> None:
         bench.counters.count("chunks")
+        note_memory(bench.counters)
         bench.check(job_id)
 
     start = read_kept(bench.storage.start_image(job_id), request.image) if request.image else None

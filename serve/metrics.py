@@ -1,4 +1,4 @@
-"""Numbers for Prometheus: requests by route, jobs and their phases from minutes to hours, the queue, the worker.
+"""Numbers for Prometheus: requests by route, jobs and their phases from seconds to hours, steps, the queue, the worker.
 
 Requests are counted under the route's template (`/v1/videos/{video_id}`), never under what a client wrote, so that
 nobody can make the server keep a series for every address they think of.
@@ -102,6 +102,10 @@ class Metrics:
             ("wan_ready", "Whether a job would be run now."): int(state.ready),
             ("wan_worker_memory_bytes", "The worker's resident memory."): resident(state.pid),
         }
+        held, peak = state.counters.taken()
+        if held:
+            gauges["wan_worker_gpu_memory_bytes", "What the worker holds of the GPUs' memory."] = held
+            gauges["wan_worker_gpu_memory_peak_bytes", "The most in use since its last job began."] = peak
         lines = [
             f"# HELP {name} {told}\n# TYPE {name} gauge\n{name} {value}\n"
             for (name, told), value in gauges.items()

@@ -66,10 +66,14 @@ class Services:
 
     def start(self) -> None:
         """Begins the work, and returns at once."""
-        for job_id in self.recovered:
-            self.engine.tell.end(job_id)
+        self.tell_recovered()
         self.engine.start()
         self.sweeper.start()
+
+    def tell_recovered(self) -> None:
+        """Tells whoever listens of the jobs that ended with the last server."""
+        for job_id in self.recovered:
+            self.engine.tell.end(job_id)
 
     def close(self) -> None:
         """Ends the worker, sends the last spans and gives the data directory back."""
@@ -98,27 +102,27 @@ def open_services(settings: Settings, on_fatal: Callable[[str], None]) -> Servic
         recovered = store.recover(storage.size)
         with_id = {status: [job.id for job in store.with_status(status)] for status in STATUSES}
         storage.sweep(with_id.pop("completed"), itertools.chain(*with_id.values()))
+        spans = _open_spans(settings)
         engine = Engine(settings, store, storage, on_fatal)
+        if spans is not None:
+            engine.tell.timeline.listeners.append(spans.ended)
         sweeper = Sweeper(settings, store, storage, engine.tell)
         intake = open_intake(settings.allow_image_host)
-        spans = _open_spans(settings, engine)
         services = Services(settings, storage, store, engine, sweeper, lock, intake, keys, spans, recovered)
         undo.pop_all()
     return services
 
 
-def _open_spans(settings: Settings, engine: Engine) -> Spans | None:
+def _open_spans(settings: Settings) -> Spans | None:
     if settings.otlp_endpoint is None:
         return None
     from .collector import open_provider
     from .spans import Spans
 
     try:
-        spans = Spans(open_provider(settings.otlp_endpoint))
+        return Spans(open_provider(settings.otlp_endpoint))
     except ValueError as error:
         raise SpansRefused(str(error)) from error
-    engine.tell.timeline.listeners.append(spans.ended)
-    return spans
 
 
 async def _of(request: Request) -> Services:  # async, or each request would wait for a thread to do this

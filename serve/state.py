@@ -9,7 +9,7 @@ from typing import Any
 from wan_runtime import ClipProfile
 
 from .costs import Speed
-from .counters import NAMES, Counters
+from .counters import SIZE, Counters
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class EngineState:
     model: str | None = None
     models: Mapping[str, Known] = field(default_factory=dict)
     pid: int | None = None
-    counters: Counters = field(default_factory=lambda: Counters([0] * len(NAMES)))
+    counters: Counters = field(default_factory=lambda: Counters([0] * SIZE))
 
     @property
     def ready(self) -> bool:

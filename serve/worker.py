@@ -22,7 +22,7 @@ from typing import Any
 from . import logs
 from .counters import Counters
 from .made_with import loras_of
-from .making import Bench, Cancelled, free, make
+from .making import Bench, Cancelled, free, make, note_memory
 from .previews import fit
 from .settings import Settings
 from .storage import Storage
@@ -118,6 +118,7 @@ def _loaded(line: Line, counters: Counters, settings: Settings) -> Bench:
         line.tell("phase", phase="warming")
         told = warming.warm(pipe)
         previews = fit(pipe)
+        note_memory(counters)
     except Exception as error:
         from wan_runtime import WanRuntimeError
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
@@ -17,13 +17,29 @@ from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 
-@dataclass
 class Collector:
-    """What has arrived, and where to send more."""
+    """Runs until it is stopped, and can be started again at the same address. Keeps what has arrived."""
 
-    url: str
-    bodies: list[bytes] = field(default_factory=list)
-    requests: list[ExportTraceServiceRequest] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.requests: list[ExportTraceServiceRequest] = []
+        self.port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), partial(_Handler, self))
+        self.port = self._server.server_port
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
 
     def spans(self) -> list[Span]:
         """All spans in the order of their beginnings."""
@@ -58,33 +74,23 @@ def values(attributes: Sequence[KeyValue]) -> dict[str, str | int]:
     return {each.key: kinds[each.value.WhichOneof("value") or ""](each.value) for each in attributes}
 
 
-@contextlib.contextmanager
-def collecting(port: int = 0) -> Iterator[Collector]:
-    """A collector for a while."""
+class _Handler(BaseHTTPRequestHandler):
+    def __init__(self, collector: Collector, *rest: Any) -> None:
+        self.collector = collector
+        super().__init__(*rest)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            known = self.path == "/v1/traces" and self.headers["content-type"] == "application/x-protobuf"
-            if known:
-                collector.bodies.append(body)
-                collector.requests.append(ExportTraceServiceRequest.FromString(body))
-            answer = ExportTraceServiceResponse().SerializeToString()
-            self.send_response(200 if known else 404)
-            self.send_header("content-type", "application/x-protobuf")
-            self.send_header("content-length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        known = self.path == "/v1/traces" and self.headers["content-type"] == "application/x-protobuf"
+        if known:
+            self.collector.bodies.append(body)
+            self.collector.requests.append(ExportTraceServiceRequest.FromString(body))
+        answer = ExportTraceServiceResponse().SerializeToString()
+        self.send_response(200 if known else 404)
+        self.send_header("content-type", "application/x-protobuf")
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
-        collector = Collector(f"http://127.0.0.1:{server.server_address[1]}")
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield collector
-        finally:
-            server.shutdown()
-            thread.join()
+    def log_message(self, format: str, *args: object) -> None:
+        pass

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import wan_runtime
-from wan_runtime.serve.counters import NAMES, Counters
+from wan_runtime.serve.counters import SIZE, Counters
 from wan_runtime.serve.making import Bench, Cancelled, explain, make
 from wan_runtime.serve.previews import fit
 from wan_runtime.serve.storage import Storage, new_id
@@ -42,7 +42,7 @@ def bench(
     tell: Callable[..., None] = lambda *_, **__: None,
     check: Callable[[str], None] = lambda _: None,
 ) -> Bench:
-    return Bench(pipe, storage, Counters([0] * len(NAMES)), tell, check, fit(pipe))
+    return Bench(pipe, storage, Counters([0] * SIZE), tell, check, fit(pipe))
 
 
 def test_memory_that_runs_out_in_a_job_fails_it_with_advice_and_the_next_is_made(
@@ -78,6 +78,24 @@ def test_a_cancel_during_decoding_leaves_no_feature_maps(pipe: Any, storage: Sto
     assert all(kept is None for kept in pipe.vae._feat_map)
     assert not pipe.vae.decoder._forward_pre_hooks
     assert list(storage.videos.iterdir()) == []
+
+
+def test_the_beginning_of_the_first_step_is_told_once(pipe: Any, storage: Storage) -> None:
+    told: list[tuple[str, int]] = []
+
+    def tell(event: str, **data: Any) -> None:
+        if event == "phase":
+            told.append((data["phase"], data["step"]))
+        if told[-1] == ("denoise", 0) and not begun:
+            begun.append(tools.counters.read()["steps"])
+
+    begun: list[int] = []
+    tools = bench(pipe, storage, tell=tell)
+    asked = asdict(wan_runtime.ClipRequest(**REQUEST))
+    assert make(tools, new_id(), asked, {}).event == "done"
+    assert told == [("text", 0), ("denoise", 0), ("denoise", 1), ("decode", 2), ("encode", 2)]
+    assert begun == [0]
+    assert not pipe.transformer._forward_pre_hooks
 
 
 def test_other_errors_keep_their_own_words() -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.conftest import QUICK, Server, running
+from wan_runtime.serve.jobs import JobStore
+from wan_runtime.serve.metrics import Metrics
+from wan_runtime.serve.services import open_services
+from wan_runtime.serve.settings import Settings
+from wan_runtime.serve.storage import new_id
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
@@ -23,7 +30,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             long = client.videos.create(
                 prompt="a red circle", extra_body={**QUICK, "num_inference_steps": 200}
             )
-        while server.get(f"/v1/videos/{long.id}").json()["status"] != "in_progress":
+        while server.get(f"/v1/videos/{long.id}").json()["step"] < 1:
             pass
         httpx.post(f"{server.url}/v1/videos/{long.id}/cancel", timeout=60)
         for number in range(3):
@@ -44,10 +51,30 @@ def values(server: Server, name: str) -> dict[tuple[str, ...], float]:
 def test_jobs_steps_phases_and_failures_are_counted(measured: Server) -> None:
     assert values(measured, "wan_job_seconds_count") == {("done",): 1, ("failed",): 1}
     assert values(measured, "wan_job_failures_total") == {("cancelled",): 1}
-    assert values(measured, "wan_step_seconds_count")[()] >= 1
-    assert values(measured, "wan_phase_seconds_count")[("encode",)] == 1
-    edges = {float(edge) for edge, _ in values(measured, "wan_job_seconds_bucket")}
-    assert {60.0, 600.0, 3600.0, float("inf")} <= edges
+    with measured.client() as client:
+        steps = sum(job.model_extra["step"] for job in client.videos.list() if job.model_extra)
+    assert values(measured, "wan_step_seconds_count")[()] == steps >= 3  # the first of each job too
+    phases = values(measured, "wan_phase_seconds_count")
+    once, twice = {"decode", "encode"}, {"queued", "text", "denoise"}  # by the cancelled one too
+    assert phases == {**{(name,): 1 for name in once}, **{(name,): 2 for name in twice}}
+    for name in ("wan_job_seconds", "wan_phase_seconds"):
+        edges = {float(edge) for edge, _ in values(measured, f"{name}_bucket")}
+        assert {60.0, 600.0, 3600.0, float("inf")} <= edges
+
+
+def test_a_job_that_the_last_server_left_is_counted_where_it_ends(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, metrics=True)
+    with contextlib.closing(JobStore(tmp_path / "jobs.sqlite3")) as store:
+        store.add(new_id(), "wan-tiny", {"num_inference_steps": 3})
+        for _ in range(2):  # begun for the second time
+            store.recover(lambda _: 0)
+            store.claim()
+    services = open_services(settings, lambda reason: None)
+    metrics = Metrics()
+    metrics.listen(services.engine.tell)
+    services.tell_recovered()
+    services.close()
+    assert metrics.registry.get_sample_value("wan_job_failures_total", {"code": "server_restarted"}) == 1
 
 
 def test_requests_are_counted_by_the_templates_of_their_routes(measured: Server) -> None:
