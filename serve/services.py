@@ -121,7 +121,7 @@ def _open_spans(settings: Settings) -> Spans | None:
 
     try:
         return Spans(open_provider(settings.otlp_endpoint))
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise SpansRefused(str(error)) from error
 
 
