@@ -67,7 +67,7 @@ class _Exporter(SpanExporter):
 def open_provider(endpoint: str) -> TracerProvider:
     """What makes spans, and sends them to the collector at `endpoint`.
 
-    Raises ValueError or RuntimeError where OpenTelemetry cannot take the value of one of its variables in the environment.
+    Raises ValueError or RuntimeError where OpenTelemetry cannot take what one of its variables in the environment says.
     """
     given = OTELResourceDetector().detect().attributes
     resource = Resource.create(
