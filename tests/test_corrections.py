@@ -20,8 +20,9 @@ from wan_runtime.formats import FORMATS, BadSlot
 from wan_runtime.linear import QuantLinear
 from wan_runtime.names import SPELLINGS
 from wan_runtime.plan import Decision
+from wan_runtime.staging import stage
 from wan_runtime.swap import Patched as PatchRecord
-from wan_runtime.swap import execute, remember, stage, undo
+from wan_runtime.swap import execute, remember, undo
 
 OUT, INP, RANK = 48, 128, 5
 Slots = dict[str, torch.Tensor]

@@ -23,6 +23,7 @@ from wan_runtime.patches import HOSTS, Host, host_of
 from wan_runtime.plan import Options, plan, tree_of
 from wan_runtime.progress import watched
 from wan_runtime.report import Report
+from wan_runtime.staging import stage
 from wan_runtime.swap import (
     Patched,
     bytes_of,
@@ -30,7 +31,6 @@ from wan_runtime.swap import (
     move_buffers,
     patched_state,
     remember,
-    stage,
     undo,
     verify_residents,
 )
@@ -62,7 +62,7 @@ def patch(
             of one in several files; None quantises what the model holds.
         weights: "auto" (what the file holds; fp8 without a file), "fp8", "nvfp4", "mxfp8", "int8", ..., or "keep".
         compute: "auto", "fp8", "bf16" (dequantise, then multiply), "fp32" (the reference).
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "torch", "te" (Transformer Engine) or "reference".
         attention: "auto" (on a GPU the fastest that runs there), "fa3", "cudnn", "sdpa" or "fp8"; see
             wan_runtime.attention.
         fuse: run the blocks on fused kernels where the host and the device have them.
@@ -197,16 +197,17 @@ def _patch(
     static = options.activation == "static"
     if static:
         require_input_scales(checkpoint, decisions)
-    before = bytes_of(model)
-    staged = None
+    before, staged = bytes_of(model), None
     if checkpoint is None:
         refuse_damaged(model, decisions)
     else:
         check_fit(model, spelling, checkpoint)
-        staged = stage(watched(stream(checkpoint, held_on), checkpoint), decisions, spelling, dtype)
+        items = watched(stream(checkpoint, held_on), checkpoint)
+        staged = stage(items, decisions, spelling, dtype, anew=options.weights not in ("auto", "keep"))
     parameters = execute(model, decisions, staged, dtype, runs_on.type, static=static)
     verify_residents(model, decisions)
     fused, said = _accelerate(model, host, attention, ends, options.fuse, runs_on, dtype)
+    said = [*notes(decisions, runs_on, checkpoint, options, staged.rescaled if staged else ()), *said]
     report = Report(
         host=host.name,
         device=str(runs_on),
@@ -214,7 +215,7 @@ def _patch(
         decisions=tuple(decisions),
         bytes_before=before,
         bytes_after=bytes_of(model),
-        notes=(*notes(decisions, runs_on, checkpoint, options), *said),
+        notes=tuple(said),
         attention=None if attention is None else attention.name,
         fused=fused,
         **_provenance(checkpoint),

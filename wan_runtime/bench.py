@@ -193,7 +193,7 @@ def _contenders(
                 if refusal is not None:
                     refusals[name] = refusal
                     continue
-                slots = FORMATS[held].quantize(weight, True)
+                slots = FORMATS[held].quantize(weight, backend.per_channel)
                 yield name, QuantLinear(
                     inp, out, format=held, slots=slots, bias=bias, backend=backend.name, compute=compute,
                     planned_for=weight.device.type,

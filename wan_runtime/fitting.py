@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -100,8 +102,9 @@ def notes(
     device: torch.device,
     checkpoint: Checkpoint | None,
     options: Options,
+    rescaled: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """What the user should read beside the report's table."""
+    """What the user should read beside the report's table. `rescaled`: see wan_runtime.staging.Stage."""
     said = [] if checkpoint is None else [f"{note}." for note in checkpoint.header.notes]
     computes = {d.compute for d in decisions if d.action == "quantised"}
     if computes == {"bf16"} and device.type == "cuda":
@@ -110,6 +113,11 @@ def notes(
         )
     used = sorted({d.backend for d in decisions if d.backend is not None and d.compute == "fp8"})
     said += [remark for name in used if (remark := backend_named(name).remark(device)) is not None]
+    if rescaled:
+        said.append(
+            f"{len(rescaled)} layers had one FP8 scale an output channel and were quantised anew with one a tensor, a "
+            f"second rounding: backend={options.backend!r} multiplies by no other."
+        )
     if device.type == "cpu" and computes:
         said.append("No CUDA GPU: weights are stored quantised and dequantised for each product.")
     if options.activation == "static" and computes <= {"bf16", "fp32", "mxfp8"}:
@@ -127,6 +135,6 @@ def notes(
         s.slot == "input_scale" for la in checkpoint.layers.values() for s in la.sources
     ):
         said.append(
-            "The file has no input scales, and needs none: activations are quantised a token at a time."
+            "The file has no input scales, and needs none: activations are quantised by their own values."
         )
     return tuple(said)

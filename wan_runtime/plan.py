@@ -216,12 +216,17 @@ def choose(
     """The backend and compute for one layer, and what was passed over: (backend, compute, reason)."""
     refusals: dict[str, str] = {}
     for backend in _candidates(options):
-        for compute in backend.computes(weight_format) if options.compute == "auto" else (options.compute,):
+        offered = backend.computes(weight_format) if options.compute == "auto" else ()
+        for compute in offered or (options.compute,):  # where it has none, it says why to "auto"
             refusal = backend.refuses(weight_format, compute, device, shape)
+            if refusal is None and options.activation == "static" and compute in backend.own_scales:
+                refusal = (
+                    f"its {compute} products scale activations by their own values; use activation='dynamic'"
+                )
             if refusal is None:
                 passed = "; ".join(f"{name} refused: {why}" for name, why in refusals.items())
                 return backend.name, compute, f"; {passed}" if passed else ""
-            refusals[f"{backend.name} {compute}"] = refusal
+            refusals[backend.name if compute == "auto" else f"{backend.name} {compute}"] = refusal
     wanted = f"compute={options.compute!r} with backend={options.backend!r} for {weight_format} weights on {device}"
     raise BackendUnavailable(wanted, refusals)
 

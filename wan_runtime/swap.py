@@ -1,36 +1,26 @@
 """Executes a plan and can undo it: the only code that sets a module.
 
-With a file, everything is read and checked into a stage beside the model first, and the model changes only when the
-whole file was right; a failed load leaves it as it was.
+With a file, everything is read and checked into a stage beside the model first (wan_runtime.staging), and the model
+changes only when the whole file was right; a failed load leaves it as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from wan_runtime.checkpoint import Loaded
 from wan_runtime.corrections import effective_weight
 from wan_runtime.errors import InvalidOption
-from wan_runtime.formats import FORMATS
 from wan_runtime.linear import QuantLinear, linear_size
-from wan_runtime.names import Spelling, from_original
 from wan_runtime.obstacles import hook_on
 from wan_runtime.plan import Decision, bare
 from wan_runtime.residents import COMPUTE_DTYPE, become, restore
+from wan_runtime.staging import Stage, quantised
 
 STATE = "_wan_runtime"  # attribute of a patched model: its Patched record
-
-
-@dataclass
-class Stage:
-    """What was read for each module, by the host's path: slots of quantised weights, and plain tensors by leaf."""
-
-    slots: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,42 +30,6 @@ class Patched:
     decisions: tuple[Decision, ...]
     before: Mapping[str, torch.dtype]
     report: object
-
-
-def stage(
-    items: Iterable[Loaded], decisions: Sequence[Decision], spelling: Spelling, dtype: torch.dtype
-) -> Stage:
-    """Collect a checkpoint's stream as the plan wants it: requantised or dequantised where the plan differs."""
-    staged = Stage()
-    decided = {bare(d.path): d for d in decisions}
-    for item in items:
-        path = from_original(spelling, item.path)
-        if item.format is not None:
-            _stage_weight(staged, decided[path], path, item, dtype)
-            continue
-        module, _, leaf = path.rpartition(".")
-        _stage_tensor(staged, decided[module], module, leaf, item.slots["tensor"], dtype)
-    return staged
-
-
-def _stage_tensor(
-    staged: Stage, decision: Decision, module: str, leaf: str, tensor: torch.Tensor, dtype: torch.dtype
-) -> None:
-    if decision.action == "quantised" and leaf == "weight":
-        assert decision.format is not None
-        staged.slots[module] = FORMATS[decision.format].quantize(tensor, True)
-    else:
-        held = dtype if decision.action == "linear" and leaf == "weight" else torch.float32
-        staged.tensors.setdefault(module, {})[leaf] = tensor.to(held)
-
-
-def _stage_weight(staged: Stage, decision: Decision, module: str, item: Loaded, dtype: torch.dtype) -> None:
-    assert item.format is not None
-    if decision.format == item.format:
-        staged.slots[module] = dict(item.slots)
-        return
-    weight = effective_weight(item.format, item.slots)
-    _stage_tensor(staged, decision, module, "weight", weight, dtype)
 
 
 def execute(
@@ -97,8 +51,8 @@ def execute(
         tensors = staged.tensors.get(bare(decision.path), {}) if staged else {}
         if decision.action == "quantised":
             slots = staged.slots.pop(bare(decision.path)) if staged else None
-            quantised = _quantised(decision, module, slots, tensors.get("bias"), dtype, device_type, static)
-            set_module(model, decision.path, quantised)
+            layer = _layer(decision, module, slots, tensors.get("bias"), dtype, device_type, static)
+            set_module(model, decision.path, layer)
         else:
             _fill(module, tensors, decision)
             become(module, decision.action)
@@ -106,7 +60,7 @@ def execute(
     return before
 
 
-def _quantised(
+def _layer(
     decision: Decision,
     module: nn.Module,
     slots: dict[str, torch.Tensor] | None,
@@ -118,10 +72,10 @@ def _quantised(
     size = linear_size(module)
     assert size is not None and decision.format and decision.backend and decision.compute
     if slots is None:
-        slots = FORMATS[decision.format].quantize(module.get_parameter("weight").detach(), True)
+        slots = quantised(decision, module.get_parameter("weight").detach())
         held = module._parameters["bias"]
         bias = None if held is None else held.detach()
-    quantised = QuantLinear(
+    layer = QuantLinear(
         size[1],
         size[0],
         format=decision.format,
@@ -134,7 +88,7 @@ def _quantised(
         reads_as=dtype,
         replaces=_emptied(module),
     )
-    return quantised.train(module.training)
+    return layer.train(module.training)
 
 
 def _emptied(module: nn.Module) -> nn.Module:

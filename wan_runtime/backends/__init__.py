@@ -52,6 +52,9 @@ class Backend:
     biased    (format, compute) -> the function that multiplies bf16 activations and adds a bf16 bias in the same pass,
               or None. The bias of a file is fp32: a layer whose bias is exactly bf16 saves a pass over its output.
     remark    device -> what a user should read of the products there, a sentence, or None.
+    per_channel  it multiplies FP8 weights with one scale an output channel. Where not, a file's that have them are
+                 refused, and weights that are quantised for it get one scale a tensor.
+    own_scales   computes whose activations it can only give scales of its own, where a file's input scale would count.
     """
 
     name: str
@@ -61,6 +64,8 @@ class Backend:
     coded: Callable[[str, str], Coded | None] = _no_codes
     biased: Callable[[str, str], Biased | None] = _no_bias
     remark: Callable[[torch.device], str | None] = _no_remark
+    per_channel: bool = True
+    own_scales: frozenset[str] = frozenset()
 
 
 BACKENDS: Catalogue[Backend] = Catalogue("wan_runtime.backends", Backend)
@@ -69,7 +74,7 @@ COMPUTES = ("fp8", "nvfp4", "mxfp8", "bf16", "fp32")
 
 
 def backend_named(name: str) -> Backend:
-    """The backend that users call `name`: torch, reference."""
+    """The backend that users call `name`: torch, te, reference."""
     found = {record.name: record for record in (BACKENDS[module] for module in BACKENDS)}
     if name not in found:
         raise BackendUnavailable(
