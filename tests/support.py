@@ -14,7 +14,14 @@ from unittest import mock
 
 import torch
 
-from wan_runtime.backends import AUTOMATIC, BACKENDS, _block_scaled, backend_named, torch_native
+from wan_runtime.backends import (
+    AUTOMATIC,
+    BACKENDS,
+    _block_scaled,
+    backend_named,
+    torch_native,
+    transformer_engine,
+)
 from wan_runtime.errors import BackendUnavailable
 from wan_runtime.formats import FORMATS
 from wan_runtime.plan import Options, choose
@@ -30,8 +37,8 @@ NOT_HERE = "a test product failed: this kind of GPU has none"
 class Kind:
     """One kind of device.
 
-    products  the computes whose probe passes there.
-    known     compute -> how that is known, where it is not as `otherwise`.
+    products  the computes whose probe passes there, of torch's own products; te: of Transformer Engine's.
+    known     compute -> how that is known, where it is not as `otherwise`; te_known: the same of Transformer Engine.
     """
 
     name: str
@@ -40,18 +47,28 @@ class Kind:
     known: dict[str, str] = field(default_factory=dict)
     otherwise: str = "claimed"
     hip: str | None = None
+    te: frozenset[str] = frozenset()
+    te_known: str = "claimed"
 
 
+# What Transformer Engine itself says where it has no such product (transformer_engine/pytorch/quantization.py, 2.20.2).
+TE_SAYS = {
+    "fp8": "Device compute capability 8.9 or higher required for FP8 execution",
+    "mxfp8": "Device compute capability 10.0 or higher required for MXFP8 execution",
+    "nvfp4": "Device compute capability 10.0 or higher required for NVFP4 execution",
+}
+TE_SAYS_OF_SM_120 = "MXFP8 (for all gemm layouts) is not supported on 12.0+ architectures yet"
+FP8 = frozenset({"fp8"})
 BLACKWELL = frozenset({"fp8", "nvfp4", "mxfp8"})
 MODELLED = {"nvfp4": "modelled", "mxfp8": "modelled"}
 KINDS = (
     Kind("CPU", torch.device("cpu"), otherwise="run"),
     Kind("before Ada", CUDA),
-    Kind("Ada (sm_89)", CUDA, frozenset({"fp8"})),
-    Kind("Hopper (sm_90)", CUDA, frozenset({"fp8"}), otherwise="run"),
-    Kind("Blackwell (sm_100)", CUDA, BLACKWELL, MODELLED),
-    Kind("Blackwell (sm_120)", CUDA, BLACKWELL, MODELLED),
-    Kind("AMD (ROCm)", CUDA, frozenset({"fp8"}), hip="6.4"),
+    Kind("Ada (sm_89)", CUDA, FP8, te=FP8),
+    Kind("Hopper (sm_90)", CUDA, FP8, otherwise="run", te=FP8),
+    Kind("Blackwell (sm_100)", CUDA, BLACKWELL, MODELLED, te=BLACKWELL),
+    Kind("Blackwell (sm_120)", CUDA, BLACKWELL, MODELLED, te=frozenset({"fp8", "nvfp4"})),
+    Kind("AMD (ROCm)", CUDA, FP8, hip="6.4"),
     Kind("Apple", torch.device("mps"), known={"fp32": "modelled"}),
 )
 
@@ -66,7 +83,12 @@ def standing_on(kind: Kind) -> Iterator[None]:
     def blocks(compute: str, index: int) -> str | None:
         return None if compute in kind.products else NOT_HERE
 
+    def engine(compute: str, index: int) -> str | None:
+        return None if compute in kind.te else TE_SAYS_OF_SM_120 if kind.te > FP8 else TE_SAYS[compute]
+
     with (
+        mock.patch.object(transformer_engine, "_installed", lambda: True),
+        mock.patch.object(transformer_engine, "_probe", engine),
         mock.patch.object(torch_native, "_probe", probe),
         mock.patch.object(_block_scaled, "refuses", blocks),
         mock.patch.object(torch.version, "hip", kind.hip),
@@ -81,7 +103,8 @@ def cell(kind: Kind, weight_format: str, backend: str) -> str:
             _, compute, _ = choose(weight_format, kind.device, SHAPE, Options(backend=backend))
         except BackendUnavailable:
             return "refused"
-    return f"{word(weight_format, compute)}, {kind.known.get(compute, kind.otherwise)}"
+    known = kind.te_known if backend == "te" else kind.known.get(compute, kind.otherwise)
+    return f"{word(weight_format, compute)}, {known}"
 
 
 def word(weight_format: str, compute: str) -> str:
@@ -112,17 +135,27 @@ def _matrix(backend: str) -> str:
     return _table(lines)
 
 
+ASKED = (  # for which weights, in which products
+    *((backend, "fp8", "bf16") for backend in AUTOMATIC),
+    *(("te", name, name) for name in ("fp8", "mxfp8", "nvfp4", "fp8_e5m2")),
+)
+
+
 def _refusals() -> str:
     """What the backends themselves say."""
     found: dict[str, list[str]] = {}
     for kind in KINDS:
         with standing_on(kind):
-            for backend in AUTOMATIC:
-                reason = backend_named(backend).refuses("fp8", "bf16", kind.device, SHAPE)
+            for backend, weight_format, compute in ASKED:
+                reason = backend_named(backend).refuses(weight_format, compute, kind.device, SHAPE)
                 if reason is not None:
                     found.setdefault(f"{backend}: {reason}.", []).append(kind.name)
     return _table(
-        [("device", "what it says"), ("---", "---"), *((", ".join(v), k) for k, v in found.items())]
+        [
+            ("device", "what it says"),
+            ("---", "---"),
+            *((", ".join(dict.fromkeys(kinds)), said) for said, kinds in found.items()),
+        ]
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from tests.support import KINDS, MARK, PAGE, cell, tables, word
 from wan_runtime.backends import BACKENDS, backend_named
 from wan_runtime.doctor import IN, OUT
+from wan_runtime.errors import BackendUnavailable
 from wan_runtime.formats import FORMATS
 from wan_runtime.plan import Options, choose
 
@@ -33,6 +34,10 @@ def test_every_way_and_every_kind_of_evidence_is_told_apart() -> None:
 def test_the_cpus_cells_are_what_this_cpu_does(module: str) -> None:
     backend = backend_named(BACKENDS[module].name)
     for name in FORMATS:
+        if cell(CPU, name, backend.name) == "refused":
+            with pytest.raises(BackendUnavailable):
+                choose(name, CPU.device, (OUT, IN), Options(backend=backend.name))
+            continue
         _, compute, _ = choose(name, CPU.device, (OUT, IN), Options(backend=backend.name))
         assert cell(CPU, name, backend.name) == f"{word(name, compute)}, run"
         slots = FORMATS[name].quantize(torch.randn(OUT, IN), True)

@@ -116,7 +116,9 @@ class BackendUnavailable(WanRuntimeError):
     def __init__(self, wanted: str, refusals: Mapping[str, str]) -> None:
         self.wanted, self.refusals = wanted, dict(refusals)
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
-        super().__init__(f"{wanted} cannot be served here. {reasons} Use 'auto' to let the runtime choose.")
+        super().__init__(
+            f"{wanted} cannot be served here. {reasons.rstrip('.')}. Use 'auto' to let the runtime choose."
+        )
 
 
 class HostNotRecognised(WanRuntimeError):
