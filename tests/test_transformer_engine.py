@@ -276,7 +276,7 @@ def test_a_layer_holds_the_slots_alone(weight_format: str) -> None:
             == {"bias", *FORMATS[weight_format].layout(64, 96)}
         )
         assert all(torch.equal(t, made.state_dict()[name]) for name, t in other.state_dict().items())
-        assert other.coded is None and other._multiply.func is engine.multiply
+        assert other.coded is None and other.__dict__["_multiply"].func is engine.multiply
         other.planned_for = "cuda"
         rows = torch.randn(3, 96)
         truth = rows.double() @ FORMATS[weight_format].dequantize(made.slots).double().T + made.bias.double()

@@ -218,9 +218,15 @@ def _is_bf16(bias: torch.Tensor | None) -> bool:
 def _result_dtype(input: torch.Tensor) -> torch.dtype:
     """The dtype an nn.Linear would answer in: autocast's where it is on, else the input's."""
     kind = input.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _autocasts(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return input.dtype
+
+
+# torch 2.11's compiler does not know the question, and would break its graph there.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _autocasts(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
