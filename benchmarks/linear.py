@@ -18,6 +18,7 @@ import torch
 from peers import kitchen_linear, te_linear
 from torch import nn
 
+from wan_runtime.backends import backend_named
 from wan_runtime.formats import FORMATS
 from wan_runtime.linear import QuantLinear
 from wan_runtime.plan import Options, choose
@@ -39,13 +40,13 @@ def show(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
-def ours(linear: nn.Linear, held: str = "fp8") -> nn.Module:
+def ours(linear: nn.Linear, held: str = "fp8", backend: str = "torch") -> nn.Module:
     """This library's, on the GPU's best compute."""
     out, inp = linear.weight.shape
-    slots = FORMATS[held].quantize(linear.weight.data.float(), True)
-    _, compute, _ = choose(held, linear.weight.device, (out, inp), Options(backend="torch"))
+    slots = FORMATS[held].quantize(linear.weight.data.float(), backend_named(backend).per_channel)
+    _, compute, _ = choose(held, linear.weight.device, (out, inp), Options(backend=backend))
     made: nn.Module = QuantLinear(
-        inp, out, format=held, slots=slots, bias=linear.bias.data, backend="torch", compute=compute,
+        inp, out, format=held, slots=slots, bias=linear.bias.data, backend=backend, compute=compute,
         planned_for=linear.weight.device.type,
     )  # fmt: skip
     return made
@@ -66,6 +67,7 @@ CONTENDERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "bf16": lambda linear: linear,
     "ours fp8": ours,
     "ours nvfp4": lambda linear: ours(linear, "nvfp4"),
+    "ours fp8 te": lambda linear: ours(linear, backend="te"),
     "torchao fp8 compiled": torchao,
     "kitchen fp8": kitchen_linear,
     "te fp8": te_linear,

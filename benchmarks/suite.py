@@ -35,6 +35,7 @@ CONFIGS = (
     "ours fp8 cudnn",
     "ours fp8 fa3 unfused",
     "ours fp8 fa3",
+    "ours fp8 te fa3",
     "ours nvfp4 fa3",
     "ours fp8 fp8attn",
 )
