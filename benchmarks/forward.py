@@ -3,8 +3,9 @@
     python benchmarks/forward.py --model "14B 480p" --config "ours fp8 fa3" [--runs 5] [--truth truth.pt] [--profile]
 
 The configuration is words: who first (ours, diffusers, torchao, te, kitchen), then what varies: fp8, nvfp4 or bf16
-(weights); fa3, cudnn, sdpa or fp8attn (attention); compiled; layerwise; unfused; te (ours, with backend="te"). A process
-measures one, so that no compilation, cache or allocator of another shows in it; benchmarks/suite.py runs them all.
+(weights); fa3, cudnn, sdpa or fp8attn (attention); compiled; layerwise; unfused; te (ours, with backend="te"). A
+process measures one, so that no compilation, cache or allocator of another shows in it; benchmarks/suite.py runs them
+all.
 """
 
 from __future__ import annotations

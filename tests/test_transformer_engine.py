@@ -88,7 +88,9 @@ def test_other_computes_and_devices_are_refused(
 
 @pytest.mark.skipif(THERE, reason="transformer_engine is installed")
 def test_without_the_library_the_refusal_says_what_to_install() -> None:
-    with pytest.raises(BackendUnavailable, match=r"not installed: pip install 'wan-runtime\[te\]'"):
+    with pytest.raises(
+        BackendUnavailable, match=r"not installed: pip install --no-build-isolation 'wan-runtime\[te\]'"
+    ):
         choose("fp8", GPU, SHAPE, Options(backend="te"))
 
 

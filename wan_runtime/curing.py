@@ -18,7 +18,7 @@ FIXES = (
     ("needs a Hopper GPU", NOTHING + "it is made for Hopper (H100, H200); auto takes cudnn or sdpa"),
     ("before Hopper", NOTHING + "--attention sdpa is as fast on this GPU"),
     ("pip install fa3-fwd", "pip install fa3-fwd"),
-    ("Transformer Engine is not installed", "pip install 'wan-runtime[te]'"),
+    ("Transformer Engine is not installed", "pip install --no-build-isolation 'wan-runtime[te]'"),
     ("Device compute capability", NOTHING + "Transformer Engine has no such products for this GPU; auto asks torch"),
     ("Transformer Engine failed", "install a Transformer Engine built for this torch and CUDA; auto asks torch"),
     ("Triton is not installed", "pip install triton (on Windows: pip install triton-windows)"),

@@ -1,4 +1,4 @@
-"""NVIDIA Transformer Engine: products of its own quantised tensors on an NVIDIA GPU (`pip install 'wan-runtime[te]'`).
+"""NVIDIA Transformer Engine: products of its own quantised tensors on an NVIDIA GPU (the extra `te`).
 
 weights  compute  activations, which Transformer Engine quantises in the call
 fp8      fp8      e4m3, one scale for all from their largest magnitude (its recipe Float8CurrentScaling), or the file's
@@ -54,7 +54,7 @@ def refuses(weight_format: str, compute: str, device: torch.device, shape: tuple
     if torch.version.hip is not None:
         return "Transformer Engine's products need an NVIDIA GPU; this torch is built for AMD's (ROCm)"
     if not _installed():
-        return "Transformer Engine is not installed: pip install 'wan-runtime[te]'"
+        return "Transformer Engine is not installed: pip install --no-build-isolation 'wan-runtime[te]'"
     return _probe(weight_format, device.index if device.index is not None else torch.cuda.current_device())
 
 
