@@ -1,8 +1,8 @@
 """The forward of a WAN block on fused kernels, for any host that can name the block's parts.
 
 The residual stream stays in the compute dtype. Between two products nothing passes over the activations more than
-once: each kernel reads what a product gave, adds that product's fp32 bias, and writes what the next product reads, as
-FP8 codes with one scale a token where that product takes them.
+once: each kernel reads what a product gave, adds that product's fp32 bias, and writes what the next product reads, in
+the codes that it takes (wan_runtime.kernels._codes).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from wan_runtime.attention import Attend
+from wan_runtime.kernels._codes import OF_COMPUTE, Codes
 from wan_runtime.linear import QuantLinear
 
 
@@ -80,18 +81,18 @@ class Context:
 
 @dataclass(frozen=True)
 class Following:
-    """The first norm of the block that comes next, a kernels' Modulation, and whether its products take codes."""
+    """The first norm of the block that comes next, a kernels' Modulation, and how its products take their input."""
 
     norm1: Any
-    codes: bool
+    codes: Codes
 
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # both [batch, tokens, heads, head]
 
 
-def takes_codes(module: nn.Module) -> bool:
-    """Whether a linear multiplies e4m3 codes: quantised, planned for codes, and touched by nobody since."""
-    return (
+def takes_codes(module: nn.Module) -> Codes:
+    """How a linear takes its input: in codes where it is quantised, planned for codes, and touched by nobody since."""
+    if (
         type(module) is QuantLinear
         and not module.static
         and not module.corrected
@@ -99,7 +100,15 @@ def takes_codes(module: nn.Module) -> bool:
         and module.planned_for == module.get_parameter("payload").device.type
         and module.coded is not None
         and hooked(module) is None
-    )
+    ):
+        return OF_COMPUTE[module.compute]
+    return Codes.PLAIN
+
+
+def common_codes(*modules: nn.Module) -> Codes:
+    """How several linears take the input that they share: as all of them do, or plain."""
+    first, *others = (takes_codes(module) for module in modules)
+    return first if all(other == first for other in others) else Codes.PLAIN
 
 
 def hooked(module: nn.Module) -> str | None:
@@ -119,7 +128,7 @@ def multiply(module: nn.Module, rows: Any) -> tuple[torch.Tensor, torch.Tensor |
     if rows.scale is None:
         return module(rows.values), None
     assert isinstance(module, QuantLinear) and module.coded is not None
-    return module.coded(rows.values, rows.scale, module.slots), module.bias
+    return module.coded(rows.values, rows.scale, module.slots, rows.whole), module.bias
 
 
 def keys_and_values(
@@ -128,7 +137,7 @@ def keys_and_values(
     """K (normalised) and V of context tokens [batch, tokens, width], with their biases."""
     batch, count, width = tokens.shape
     plain = tokens.reshape(batch * count, width)
-    rows = kernels.attention_output(plain, None, None, takes_codes(k) and takes_codes(v))
+    rows = kernels.attention_output(plain, None, None, common_codes(k, v))
     key, bias = multiply(k, rows)
     key = kernels.norm_rope(key, bias, weight_of(norm_k), eps_of(norm_k), None)
     value, bias = multiply(v, rows)
@@ -204,14 +213,14 @@ def forward(
     hidden, bias = multiply(block.up, rows)
     y, bias = multiply(block.down, kernels.gelu_quantize(hidden, bias, takes_codes(block.down)))
     del hidden
-    after, codes = (None, False) if following is None else (following.norm1, following.codes)
+    after, codes = (None, Codes.PLAIN) if following is None else (following.norm1, following.codes)
     stream, rows = kernels.residual_norm(y, bias, gate3, stream, index, after, codes, into=stream)
     return stream.view(batch, tokens, width), rows
 
 
-def coded_input(part: SelfAttention) -> bool:
-    """Whether q, k and v all take codes, so that their input is quantised once."""
-    return all(takes_codes(module) for module in (part.q, part.k, part.v))
+def coded_input(part: SelfAttention) -> Codes:
+    """How q, k and v take their input, so that it is quantised once."""
+    return common_codes(part.q, part.k, part.v)
 
 
 def _self_attention(

@@ -6,6 +6,7 @@ own, as Triton decides when it is imported whether it interprets or compiles.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from wan_runtime.kernels._codes import Codes
 from wan_runtime.kernels.attention_output import attention_output
 from wan_runtime.kernels.expand_nvfp4 import expand_nvfp4
 from wan_runtime.kernels.gelu_quantize import gelu_quantize
@@ -68,6 +70,16 @@ def cases(width: int, ffn: int, dtype: torch.dtype) -> dict[str, Callable[[], ob
     angles = zeros(TOKENS, 128)
     packed = zeros(ffn, width // 2, dtype=torch.uint8)
     return {
+        **{
+            f"{name} to {kind.name}": functools.partial(launch, kind)
+            for kind in (Codes.MXFP8, Codes.NVFP4)
+            for name, launch in {
+                "norm_modulate": lambda kind: norm_modulate(x, one, kind),
+                "residual_norm": lambda kind: residual_norm(x, bias, table[:, 2], x, index, two, kind),
+                "gelu_quantize": lambda kind: gelu_quantize(zeros(TOKENS, ffn, dtype=dtype), zeros(ffn), kind),
+                "attention_output": lambda kind: attention_output(x, bias, x, kind),
+            }.items()
+        },
         "norm_modulate": lambda: norm_modulate(x, one, True),
         "norm_modulate, an entry a token": lambda: norm_modulate(x, two, True),
         "residual_norm": lambda: residual_norm(x, bias, table[:1, 2], x, None, one, True),

@@ -4,6 +4,7 @@ runs it, in fused blocks, and after a round trip of its state dict."""
 from __future__ import annotations
 
 import copy
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from tests import scaled_mm_model as model
 from tests.builders.wan import TINY
 from tests.hosts.diffusers import error, inputs, transformer
 from tests.test_fused_block import Spy
+from wan_runtime.backends import _block_scaled
+from wan_runtime.kernels._codes import Codes
 from wan_runtime.linear import quantised_layers
 from wan_runtime.patches import _wan_block
 from wan_runtime.patches._fused import takes_codes
@@ -27,6 +30,19 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the model reads tensors of the CPU"),
     pytest.mark.usefixtures("exact_casts"),
 ]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[None]:
+    """One entry for each call of a function from now on."""
+    calls: list[None] = []
+    function = getattr(module, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, call)
+    return calls
 
 
 def run(host: Any) -> torch.Tensor:
@@ -62,11 +78,15 @@ def test_a_whole_model(compute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy(monkeypatch)
     twin = copy.deepcopy(host)
     assert _wan_block.fuse(twin, "TWINS") == []
-    assert not any(takes_codes(layer) for _, layer in quantised_layers(twin))  # blocks are made of plain rows
+    kinds = {takes_codes(layer) for _, layer in quantised_layers(twin)}
+    assert kinds == {Codes[compute.upper()]}  # blocks are made of codes
+    quantised = counted(monkeypatch, _block_scaled, "_quantised")
     made = 0
     fused = run(twin)
     assert (spy.count, made) == (TINY.layers, len(layers))
-    assert error(fused, scaled) < least
+    assert quantised == []  # no product had to quantise what it was given
+    assert error(fused, scaled) < most
+    assert least < error(fused, plain) < most
 
     now = host.state_dict()
     assert now.keys() == state.keys() and all(torch.equal(now[name], state[name]) for name in state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -20,11 +21,19 @@ from wan_runtime.formats import Slots
 # a fresh tensor in the activations' dtype or fp32.
 Multiply = Callable[[torch.Tensor, Slots, torch.Tensor | None], torch.Tensor]
 
-# (e4m3 codes [tokens, in], their fp32 scale [tokens, 1], weight slots) -> product [tokens, out] without bias.
-Coded = Callable[[torch.Tensor, torch.Tensor, Slots], torch.Tensor]
-
 # As Multiply, with a bias [out] in the product's dtype that is added before the one rounding to it.
 Biased = Callable[[torch.Tensor, Slots, torch.Tensor | None, torch.Tensor], torch.Tensor]
+
+
+class Coded(Protocol):
+    """(codes, their scale, weight slots, NVFP4's scale for all) -> product [tokens, out] without bias.
+
+    The activations are as the compute's Rows hold them (wan_runtime.kernels._rows).
+    """
+
+    def __call__(
+        self, codes: torch.Tensor, scale: torch.Tensor, slots: Slots, whole: torch.Tensor | None = None, /
+    ) -> torch.Tensor: ...
 
 
 def _no_codes(weight_format: str, compute: str) -> Coded | None:
@@ -47,8 +56,8 @@ class Backend:
     refuses   (format, compute, device, (out, in)) -> why it cannot serve that layer there, or None. Decided by running
               a tiny multiplication on the device, not by a version table.
     kernel    (format, compute) -> the function that multiplies.
-    coded     (format, compute) -> the function that multiplies activations which a fused kernel has quantised a token
-              already, or None where the product does not take e4m3 codes.
+    coded     (format, compute) -> the function that multiplies activations which a fused kernel has quantised already,
+              as wan_runtime.kernels._codes says for the compute, or None where the product takes none.
     biased    (format, compute) -> the function that multiplies bf16 activations and adds a bf16 bias in the same pass,
               or None. The bias of a file is fp32: a layer whose bias is exactly bf16 saves a pass over its output.
     remark    device -> what a user should read of the products there, a sentence, or None.
@@ -90,7 +99,7 @@ def multiplier(backend: str, weight_format: str, compute: str) -> Multiply:
 
 
 def coded_multiplier(backend: str, weight_format: str, compute: str) -> Coded | None:
-    """The function that multiplies e4m3 codes for a layer, or None."""
+    """The function that multiplies codes for a layer, or None."""
     return backend_named(backend).coded(weight_format, compute)
 
 

@@ -75,6 +75,15 @@ def multiply(
     return _product(compute, _quantised(compute, rows, static), _laid(compute, slots), bias)
 
 
+def coded(
+    compute: str, codes: torch.Tensor, block_scale: torch.Tensor, slots: Slots, whole: torch.Tensor | None
+) -> torch.Tensor:
+    """Activations that a fused kernel has quantised to this kind of operand x weight slots -> bf16 [tokens, out]."""
+    if not codes.shape[0]:
+        return torch.empty(0, slots["payload"].shape[0], dtype=torch.bfloat16, device=codes.device)
+    return _product(compute, (codes, block_scale, whole), _laid(compute, slots), None)
+
+
 def _quantised(compute: str, rows: torch.Tensor, static: torch.Tensor | None) -> Operand:
     """Activations as an operand, by the kernel."""
     if compute == "nvfp4":

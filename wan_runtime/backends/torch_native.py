@@ -95,6 +95,8 @@ def _dequantise_and_multiply(
 
 
 def coded(weight_format: str, compute: str) -> Coded | None:
+    if compute in _block_scaled.COMPUTES:
+        return functools.partial(_block_scaled.coded, compute)
     if compute != "fp8":
         return None
     if weight_format == "nvfp4":
@@ -109,14 +111,15 @@ def biased(weight_format: str, compute: str) -> Biased | None:
 
 def _coded_fp8(
     dtype: torch.dtype, codes: torch.Tensor, token_scale: torch.Tensor, slots: Slots,
-    bias: torch.Tensor | None = None,
+    whole: torch.Tensor | None = None, bias: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     return _scaled_mm(codes, token_scale, slots["payload"].view(dtype), slots["scale"], bias)
 
 
 def _coded_nvfp4(
-    codes: torch.Tensor, token_scale: torch.Tensor, slots: Slots, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+    codes: torch.Tensor, token_scale: torch.Tensor, slots: Slots, whole: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     from wan_runtime.kernels.expand_nvfp4 import expand_nvfp4
 
     weight, scale = expand_nvfp4(slots["payload"], slots["block_scale"], slots["scale"])
@@ -127,14 +130,14 @@ def _fp8(
     dtype: torch.dtype, rows: torch.Tensor, slots: Slots, static: torch.Tensor | None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    return _coded_fp8(dtype, *_quantised(rows, static), slots, bias)
+    return _coded_fp8(dtype, *_quantised(rows, static), slots, bias=bias)
 
 
 def _nvfp4_as_fp8(
     rows: torch.Tensor, slots: Slots, static: torch.Tensor | None, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     # An NVFP4 input scale is amax / 2688; an FP8 one of the same amax is 6 times larger.
-    return _coded_nvfp4(*_quantised(rows, None if static is None else static * 6), slots, bias)
+    return _coded_nvfp4(*_quantised(rows, None if static is None else static * 6), slots, bias=bias)
 
 
 def _quantised(rows: torch.Tensor, static: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,8 @@
 """What the block quantisers share: block scales in the 128 x 4 tile order that cuBLAS reads, and E4M3 by its bits.
 
-A program takes one tile: 128 tokens and the values of 4 blocks. It writes the tile's 512 bytes of scales whole, 0 where
-there is no token or no block, so nothing needs to be cleared before.
+A program of theirs takes one tile: 128 tokens and the values of 4 blocks. It writes the tile's 512 bytes of scales
+whole, 0 where there is no token or no block, so nothing needs to be cleared before. A program of a row kernel has whole
+tokens instead, and writes each one's bytes where they belong in the tiles.
 """
 
 from __future__ import annotations
@@ -38,9 +39,39 @@ def load_tile(x, tokens, width, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, BLOC
 
 
 @triton.jit
-def largest_bits(values):
+def largest_bits(values, AXIS: tl.constexpr):
     """The largest magnitude of each block as its bits, among which NaN is above infinity and is not lost."""
-    return tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)
+    return tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS)
+
+
+@triton.jit
+def e8m0_byte(bits):
+    """The bits of a block's largest magnitude -> the least power of two that saturates nothing, as its byte."""
+    # 448 is 1.75 * 2^8: a power of two more where the largest magnitude's fraction is above 1.75.
+    return tl.maximum((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32), 0)
+
+
+@triton.jit
+def e8m0_inverse(byte):
+    """What values are multiplied by to be of that scale."""
+    return ((254 - byte) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def mxfp8_part(values, scales, row, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """SIZE fp32 values of a token, from number FIRST on -> what rounds to their codes. Writes their scales.
+
+    FIRST and SIZE are multiples of 32; what lies past WIDTH is 0 and has no scale.
+    """
+    tl.static_assert(SIZE % 32 == 0, "a part of a row holds whole blocks")
+    blocks = tl.reshape(values, (SIZE // 32, 32))
+    bits = largest_bits(blocks, 1)
+    byte = e8m0_byte(bits)
+    block = FIRST // 32 + tl.arange(0, SIZE // 32)
+    tile = row // 128 * ((WIDTH // 32 + 3) // 4) + block // 4
+    at = tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + block % 4
+    tl.store(scales + at, tl.where(bits < 0x7F800000, byte, 255).to(tl.uint8), mask=block < WIDTH // 32)
+    return tl.reshape(blocks * e8m0_inverse(byte)[:, None], (SIZE,))
 
 
 @triton.jit

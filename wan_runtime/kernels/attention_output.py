@@ -14,13 +14,23 @@ import torch
 import triton
 import triton.language as tl
 
-from wan_runtime.kernels._rows import E4M3_MAX, LEAST, Launch, Rows, empty_rows, load_row, store_row, written
+from wan_runtime.kernels._rows import (
+    E4M3_MAX,
+    LEAST,
+    Launch,
+    Rows,
+    finished,
+    load_row,
+    store_row,
+    to_write,
+    written,
+)
 
 LAUNCH = Launch(rows=8)
 
 
 def attention_output_torch(
-    x: torch.Tensor, bias: torch.Tensor | None, other: torch.Tensor | None, codes: bool
+    x: torch.Tensor, bias: torch.Tensor | None, other: torch.Tensor | None, codes: int
 ) -> Rows:
     """The plain-torch twin."""
     values = x.float() if other is None else x.float() + other.float()
@@ -55,16 +65,16 @@ def attention_output(
     x: torch.Tensor,
     bias: torch.Tensor | None,
     other: torch.Tensor | None,
-    codes: bool,
+    codes: int,
     launch: Launch = LAUNCH,
 ) -> Rows:
     """x + other + bias of x [tokens, width], quantised a row; see above."""
     tokens, width = x.shape
-    result = empty_rows(x, codes, x.dtype)
+    result = to_write(x, codes, x.dtype)
     if tokens:
         _attention_output[launch.grid(tokens)](
             x, bias, other, result.values, result.scale, tokens, launch.rows, HAS_BIAS=bias is not None,
-            HAS_OTHER=other is not None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes,
+            HAS_OTHER=other is not None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=int(codes),
             **launch.constants(width, x.itemsize + (0 if other is None else other.itemsize)),
         )  # fmt: skip
-    return result
+    return finished(result, codes)

@@ -1,6 +1,6 @@
 """Bias, tanh-GELU and per-token FP8 quantisation of the feed-forward's hidden activations: one pass.
 
-In:  x [tokens, width], a product without its bias, contiguous, width at least 4; bias [width] fp32 or None.
+In:  x [tokens, width], a product without its bias, contiguous, width even and at least 4; bias [width] fp32 or None.
 Out: Rows of gelu(x + bias): e4m3 codes and scale [tokens, 1], or plain in x's dtype.
 Bytes moved: 3 an element from bf16 to codes.
 """
@@ -11,12 +11,21 @@ import torch
 import triton
 import triton.language as tl
 
-from wan_runtime.kernels._rows import E4M3_MAX, LEAST, Launch, Rows, empty_rows, written
+from wan_runtime.kernels._blocks import largest_bits, mxfp8_part
+from wan_runtime.kernels._rows import (
+    E4M3_MAX,
+    LEAST,
+    Launch,
+    Rows,
+    finished,
+    to_write,
+    written,
+)
 
 LAUNCH = Launch(warps=16, stages=1, registers=64)  # waits for its arithmetic more than for memory
 
 
-def gelu_quantize_torch(x: torch.Tensor, bias: torch.Tensor | None, codes: bool) -> Rows:
+def gelu_quantize_torch(x: torch.Tensor, bias: torch.Tensor | None, codes: int) -> Rows:
     """The plain-torch twin."""
     values = x.float() if bias is None else x.float() + bias
     return written(torch.nn.functional.gelu(values, approximate="tanh"), codes, x.dtype)
@@ -34,6 +43,13 @@ def _gelu(x):
 def _largest(values, C: tl.constexpr, COUNT: tl.constexpr):
     """COUNT values folded to the largest magnitudes of C groups."""
     return tl.max(tl.reshape(tl.abs(values), (C, COUNT // C)), 1)
+
+
+@triton.jit
+def _stored_bits(values, out, C: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT values as they will be stored, folded to the bits of the largest magnitudes of C groups."""
+    rounded = values.to(out.dtype.element_ty).to(tl.float32)
+    return largest_bits(tl.reshape(rounded, (C, COUNT // C)), 1)
 
 
 @triton.jit
@@ -64,7 +80,7 @@ def _gelu_quantize(
         a = _gelu(a)
         b = _gelu(b)
         c = _gelu(c)
-        if CODES:
+        if CODES == 1:
             folded = tl.maximum(_largest(a, C, A), _largest(b, C, B))
             amax = tl.max(tl.maximum(folded, tl.abs(c)), 0)
             scale = tl.where(amax > 0, tl.maximum(amax / E4M3_MAX, LEAST), 1.0)
@@ -73,19 +89,27 @@ def _gelu_quantize(
             a *= inverse
             b *= inverse
             c *= inverse
+        elif CODES == 2:
+            a = mxfp8_part(a, scales, row, 0, A, WIDTH)
+            b = mxfp8_part(b, scales, row, A, B, WIDTH)
+            c = mxfp8_part(c, scales, row, A + B, C, WIDTH)
+        elif CODES == 3:
+            bits = tl.maximum(_stored_bits(a, out, C, A), _stored_bits(b, out, C, B))
+            largest = tl.max(tl.maximum(bits, _stored_bits(c, out, C, C)), 0)
+            tl.store(scales + row, largest.to(tl.float32, bitcast=True))
         write = out + row * WIDTH
         tl.store(write + at_a, a.to(out.dtype.element_ty))
         tl.store(write + at_b, b.to(out.dtype.element_ty))
         tl.store(write + at_c, c.to(out.dtype.element_ty), mask=inside)
 
 
-def gelu_quantize(x: torch.Tensor, bias: torch.Tensor | None, codes: bool, launch: Launch = LAUNCH) -> Rows:
+def gelu_quantize(x: torch.Tensor, bias: torch.Tensor | None, codes: int, launch: Launch = LAUNCH) -> Rows:
     """gelu(x + bias) of x [tokens, width], quantised a row; see above."""
     tokens, width = x.shape
-    result = empty_rows(x, codes, x.dtype)
+    result = to_write(x, codes, x.dtype)
     if tokens:
         _gelu_quantize[launch.grid(tokens)](
             x, bias, result.values, result.scale, tokens, launch.rows, HAS_BIAS=bias is not None, E4M3_MAX=E4M3_MAX,
-            LEAST=LEAST, CODES=codes, **launch.constants_of_three(width, x.itemsize),
+            LEAST=LEAST, CODES=int(codes), **launch.constants_of_three(width, x.itemsize),
         )  # fmt: skip
-    return result
+    return finished(result, codes)

@@ -21,10 +21,11 @@ from wan_runtime.kernels._rows import (
     LEAST,
     Launch,
     Rows,
-    empty_rows,
+    finished,
     load_row,
     normalise,
     store_row,
+    to_write,
     written,
 )
 
@@ -50,7 +51,7 @@ class Modulation:
         return normal * (self.plus + factor) + shift
 
 
-def norm_modulate_torch(x: torch.Tensor, modulation: Modulation, codes: bool) -> Rows:
+def norm_modulate_torch(x: torch.Tensor, modulation: Modulation, codes: int) -> Rows:
     """The plain-torch twin."""
     return written(modulation.of(x.float()), codes, x.dtype)
 
@@ -82,15 +83,15 @@ def _norm_modulate(
         store_row(a, b, out, scales, row, WIDTH, A, B, E4M3_MAX, LEAST, CODES)
 
 
-def norm_modulate(x: torch.Tensor, modulation: Modulation, codes: bool, launch: Launch = LAUNCH) -> Rows:
+def norm_modulate(x: torch.Tensor, modulation: Modulation, codes: int, launch: Launch = LAUNCH) -> Rows:
     """LayerNorm, modulate and quantise each row of x [tokens, width]; see the module's docstring."""
     tokens, width = x.shape
-    result = empty_rows(x, codes, x.dtype)
+    result = to_write(x, codes, x.dtype)
     m = modulation
     if tokens:
         _norm_modulate[launch.grid(tokens)](
             x, m.factor, m.shift, m.index, result.values, result.scale, tokens, launch.rows, m.factor.stride(0), m.eps,
-            PLUS=m.plus, SINGLE=m.index is None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes,
+            PLUS=m.plus, SINGLE=m.index is None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=int(codes),
             **launch.constants(width, x.itemsize),
         )  # fmt: skip
-    return result
+    return finished(result, codes)

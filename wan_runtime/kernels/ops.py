@@ -13,37 +13,42 @@ from wan_runtime.kernels import norm_modulate as _norm_modulate
 from wan_runtime.kernels import norm_rope as _norm_rope
 from wan_runtime.kernels import quantize_heads as _quantize_heads
 from wan_runtime.kernels import residual_norm as _residual_norm
+from wan_runtime.kernels._codes import Codes
 from wan_runtime.kernels._rows import Rows, empty_rows
 from wan_runtime.kernels.norm_modulate import Modulation
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Optional = torch.Tensor | None
 
 
-def _packed(rows: Rows) -> Pair:
-    """An operator returns tensors only: an empty scale says that the values are plain."""
-    return rows.values, rows.values.new_empty(0, dtype=torch.float32) if rows.scale is None else rows.scale
+def _packed(rows: Rows) -> Triple:
+    """An operator returns tensors only: what plain rows and one-level scales lack is empty."""
+    none = rows.values.new_empty(0, dtype=torch.float32)
+    scale, whole = (none.clone() if given is None else given for given in (rows.scale, rows.whole))
+    return rows.values, scale, whole
 
 
-def _rows(pair: Pair, codes: bool) -> Rows:
-    return Rows(pair[0], pair[1] if codes else None)
+def _rows(packed: Triple, codes: int) -> Rows:
+    values, scale, whole = packed
+    return Rows(values, scale if codes else None, whole if codes == Codes.NVFP4 else None)
 
 
 @torch.library.custom_op("wan_runtime::norm_modulate", mutates_args=())
 def _norm_modulate_op(
-    x: torch.Tensor, factor: torch.Tensor, shift: torch.Tensor, eps: float, plus: float, index: Optional, codes: bool
-) -> Pair:  # fmt: skip
+    x: torch.Tensor, factor: torch.Tensor, shift: torch.Tensor, eps: float, plus: float, index: Optional, codes: int
+) -> Triple:  # fmt: skip
     return _packed(_norm_modulate.norm_modulate(x, Modulation(factor, shift, eps, plus, index), codes))
 
 
 @_norm_modulate_op.register_fake
 def _(
-    x: torch.Tensor, factor: torch.Tensor, shift: torch.Tensor, eps: float, plus: float, index: Optional, codes: bool
-) -> Pair:  # fmt: skip
+    x: torch.Tensor, factor: torch.Tensor, shift: torch.Tensor, eps: float, plus: float, index: Optional, codes: int
+) -> Triple:  # fmt: skip
     return _packed(empty_rows(x, codes, x.dtype))
 
 
-def norm_modulate(x: torch.Tensor, modulation: Modulation, codes: bool) -> Rows:
+def norm_modulate(x: torch.Tensor, modulation: Modulation, codes: int) -> Rows:
     """See the kernel's module."""
     m = modulation
     return _rows(_norm_modulate_op(x, m.factor, m.shift, m.eps, m.plus, m.index, codes), codes)
@@ -52,8 +57,8 @@ def norm_modulate(x: torch.Tensor, modulation: Modulation, codes: bool) -> Rows:
 @torch.library.custom_op("wan_runtime::residual_norm", mutates_args=())
 def _residual_norm_op(
     y: torch.Tensor, bias: Optional, gate: Optional, residual: torch.Tensor, index: Optional, factor: Optional,
-    shift: Optional, eps: float, plus: float, entries: Optional, codes: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    shift: Optional, eps: float, plus: float, entries: Optional, codes: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     after = None if factor is None or shift is None else Modulation(factor, shift, eps, plus, entries)
     total, rows = _residual_norm.residual_norm(y, bias, gate, residual, index, after, codes)
     return (total, *_packed(Rows(total.new_empty(0)) if rows is None else rows))
@@ -62,23 +67,23 @@ def _residual_norm_op(
 @_residual_norm_op.register_fake
 def _(
     y: torch.Tensor, bias: Optional, gate: Optional, residual: torch.Tensor, index: Optional, factor: Optional,
-    shift: Optional, eps: float, plus: float, entries: Optional, codes: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    shift: Optional, eps: float, plus: float, entries: Optional, codes: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     rows = Rows(residual.new_empty(0)) if factor is None else empty_rows(residual, codes, residual.dtype)
     return (torch.empty_like(residual), *_packed(rows))
 
 
 def residual_norm(
     y: torch.Tensor, bias: Optional, gate: Optional, residual: torch.Tensor, index: Optional,
-    modulation: Modulation | None, codes: bool, *, into: Optional = None,
+    modulation: Modulation | None, codes: int, *, into: Optional = None,
 ) -> tuple[torch.Tensor, Rows | None]:  # fmt: skip
     """See the kernel's module. `into` is a compiler's to decide, and not used."""
     m = modulation
-    total, *pair = _residual_norm_op(
+    total, values, scale, whole = _residual_norm_op(
         y, bias, gate, residual, index, None if m is None else m.factor, None if m is None else m.shift,
         0.0 if m is None else m.eps, 0.0 if m is None else m.plus, None if m is None else m.index, codes,
     )  # fmt: skip
-    return total, None if m is None else _rows((pair[0], pair[1]), codes)
+    return total, None if m is None else _rows((values, scale, whole), codes)
 
 
 @torch.library.custom_op("wan_runtime::norm_rope", mutates_args=())
@@ -105,31 +110,31 @@ def norm_rope(
 
 
 @torch.library.custom_op("wan_runtime::gelu_quantize", mutates_args=())
-def _gelu_quantize_op(x: torch.Tensor, bias: Optional, codes: bool) -> Pair:
+def _gelu_quantize_op(x: torch.Tensor, bias: Optional, codes: int) -> Triple:
     return _packed(_gelu_quantize.gelu_quantize(x, bias, codes))
 
 
 @_gelu_quantize_op.register_fake
-def _(x: torch.Tensor, bias: Optional, codes: bool) -> Pair:
+def _(x: torch.Tensor, bias: Optional, codes: int) -> Triple:
     return _packed(empty_rows(x, codes, x.dtype))
 
 
-def gelu_quantize(x: torch.Tensor, bias: Optional, codes: bool) -> Rows:
+def gelu_quantize(x: torch.Tensor, bias: Optional, codes: int) -> Rows:
     """See the kernel's module."""
     return _rows(_gelu_quantize_op(x, bias, codes), codes)
 
 
 @torch.library.custom_op("wan_runtime::attention_output", mutates_args=())
-def _attention_output_op(x: torch.Tensor, bias: Optional, other: Optional, codes: bool) -> Pair:
+def _attention_output_op(x: torch.Tensor, bias: Optional, other: Optional, codes: int) -> Triple:
     return _packed(_attention_output.attention_output(x, bias, other, codes))
 
 
 @_attention_output_op.register_fake
-def _(x: torch.Tensor, bias: Optional, other: Optional, codes: bool) -> Pair:
+def _(x: torch.Tensor, bias: Optional, other: Optional, codes: int) -> Triple:
     return _packed(empty_rows(x, codes, x.dtype))
 
 
-def attention_output(x: torch.Tensor, bias: Optional, other: Optional, codes: bool) -> Rows:
+def attention_output(x: torch.Tensor, bias: Optional, other: Optional, codes: int) -> Rows:
     """See the kernel's module."""
     return _rows(_attention_output_op(x, bias, other, codes), codes)
 

@@ -20,6 +20,8 @@ from wan_runtime.kernels._blocks import (
     BLOCKS,
     INFINITE,
     TOKENS,
+    e8m0_byte,
+    e8m0_inverse,
     empty_scales,
     largest_bits,
     load_tile,
@@ -41,12 +43,10 @@ def _quantize_mxfp8(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     values = load_tile(x, tokens, width, TOKENS, BLOCKS, BLOCK)
-    bits = largest_bits(values)
-    # 448 is 1.75 * 2^8: a power of two more where the largest magnitude's fraction is above 1.75.
-    byte = tl.maximum((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32), 0)
+    bits = largest_bits(values, 2)
+    byte = e8m0_byte(bits)
     store_scales(scales, tl.where(bits < INFINITE, byte, 255), tokens, width // BLOCK, TOKENS, BLOCKS)
-    inverse = ((254 - byte) << 23).to(tl.float32, bitcast=True)
-    codes = tl.reshape(values * inverse[:, :, None], (TOKENS, BLOCKS * BLOCK))
+    codes = tl.reshape(values * e8m0_inverse(byte)[:, :, None], (TOKENS, BLOCKS * BLOCK))
     rows = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     columns = tl.program_id(0) * (BLOCKS * BLOCK) + tl.arange(0, BLOCKS * BLOCK)
     inside = (rows < tokens)[:, None] & (columns < width)[None, :]

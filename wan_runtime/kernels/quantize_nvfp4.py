@@ -71,7 +71,7 @@ def _quantize_nvfp4(
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(scale, whole)
     values = load_tile(x, tokens, width, TOKENS, BLOCKS, 16)
-    bits = largest_bits(values)
+    bits = largest_bits(values, 2)
     wanted = tl.div_rn(tl.div_rn(bits.to(tl.float32, bitcast=True), TOP), whole)
     code = e4m3_code(tl.minimum(tl.maximum(wanted, 0.001953125), 448.0))
     step = (e4m3_value(code) * whole)[:, :, None]
@@ -90,18 +90,29 @@ def _quantize_nvfp4(
     tl.store(payload + rows[:, None] * half + columns[None, :], (low | (high << 4)).to(tl.uint8), mask=inside)
 
 
-def quantize_nvfp4(x: torch.Tensor, static: torch.Tensor | None) -> Blocks:
-    """Quantise x [tokens, width] to NVFP4; see the module's docstring."""
+def empty_blocks(like: torch.Tensor) -> Blocks:
+    """Unwritten Blocks of x [tokens, width]."""
+    tokens, width = like.shape
+    half = triton.cdiv(width // 2, ROW) * ROW
+    payload = torch.empty(tokens, half, dtype=torch.uint8, device=like.device)
+    scales = empty_scales(tokens, width // nvfp4.BLOCK, torch.uint8, like.device)
+    return Blocks(payload, scales, torch.empty(1, dtype=torch.float32, device=like.device))
+
+
+def quantize_nvfp4(x: torch.Tensor, static: torch.Tensor | None, amax: torch.Tensor | None = None) -> Blocks:
+    """Quantise x [tokens, width] to NVFP4; see the module's docstring.
+
+    `amax` is the largest magnitude of x, fp32 with one element, where whoever made x knows it: that saves a pass.
+    """
     x = x.contiguous()
     tokens, width = x.shape
-    half = triton.cdiv(width // 2, ROW) * ROW
-    payload = torch.empty(tokens, half, dtype=torch.uint8, device=x.device)
-    scales = empty_scales(tokens, width // nvfp4.BLOCK, torch.uint8, x.device)
-    scale = torch.empty(1, dtype=torch.float32, device=x.device)
-    # The infinity norm is torch's one pass that gives the largest magnitude, and NaN where there is one.
-    amax = None if static is not None else torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
+    blocks = empty_blocks(x)
+    if static is None and amax is None:
+        # The infinity norm is torch's one pass that gives the largest magnitude, and NaN where there is one.
+        amax = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
     _quantize_nvfp4[tile_grid(tokens, width // nvfp4.BLOCK)](
-        x, amax, static, payload, scales, scale, tokens, width, half, GIVEN=static is not None, TOP=E2M1_MAX,
-        LARGEST=nvfp4.LARGEST, TINY=TINY, INFINITE=INFINITE, TOKENS=TOKENS, BLOCKS=BLOCKS, num_warps=4,
+        x, amax, static, blocks.payload, blocks.block_scale, blocks.scale, tokens, width, blocks.payload.shape[1],
+        GIVEN=static is not None, TOP=E2M1_MAX, LARGEST=nvfp4.LARGEST, TINY=TINY, INFINITE=INFINITE, TOKENS=TOKENS,
+        BLOCKS=BLOCKS, num_warps=4,
     )  # fmt: skip
-    return Blocks(payload, scales, scale)
+    return blocks

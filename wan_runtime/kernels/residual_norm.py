@@ -20,11 +20,12 @@ from wan_runtime.kernels._rows import (
     LEAST,
     Launch,
     Rows,
-    empty_rows,
+    finished,
     load_row,
     normalise,
     store_plain,
     store_row,
+    to_write,
     written,
 )
 from wan_runtime.kernels.norm_modulate import Modulation
@@ -35,7 +36,7 @@ PLAIN_LAUNCH = Launch(rows=4)  # without a norm there is little to do but wait f
 
 def residual_norm_torch(
     y: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor | None, residual: torch.Tensor,
-    index: torch.Tensor | None, modulation: Modulation | None, codes: bool, *, into: torch.Tensor | None = None,
+    index: torch.Tensor | None, modulation: Modulation | None, codes: int, *, into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Rows | None]:  # fmt: skip
     """The plain-torch twin."""
     values = y.float() if bias is None else y.float() + bias
@@ -100,7 +101,7 @@ def _residual_norm(
 
 def residual_norm(
     y: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor | None, residual: torch.Tensor,
-    index: torch.Tensor | None, modulation: Modulation | None, codes: bool, *, into: torch.Tensor | None = None,
+    index: torch.Tensor | None, modulation: Modulation | None, codes: int, *, into: torch.Tensor | None = None,
     launch: Launch | None = None,
 ) -> tuple[torch.Tensor, Rows | None]:  # fmt: skip
     """residual + gate * (y + bias), and what the next norm makes of it; see the module's docstring.
@@ -111,7 +112,7 @@ def residual_norm(
     tokens, width = y.shape
     total = torch.empty_like(residual) if into is None else into
     m = modulation
-    result = None if m is None else empty_rows(residual, codes, residual.dtype)
+    result = None if m is None else to_write(residual, codes, residual.dtype)
     if tokens:
         launch = launch or (LAUNCH if m is not None else PLAIN_LAUNCH)
         _residual_norm[launch.grid(tokens)](
@@ -122,6 +123,6 @@ def residual_norm(
             0.0 if m is None else m.eps,
             HAS_BIAS=bias is not None, GATED=gate is not None, NORM=m is not None, PLUS=0.0 if m is None else m.plus,
             ONE_GATE=gate is None or index is None, ONE_ENTRY=m is None or m.index is None,
-            E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=codes, **launch.constants(width, y.itemsize + residual.itemsize),
+            E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=int(codes), **launch.constants(width, y.itemsize + residual.itemsize),
         )  # fmt: skip
-    return total, result
+    return total, None if result is None else finished(result, codes)
