@@ -167,3 +167,17 @@ def test_parts_of_a_row_hold_whole_blocks(width: int) -> None:
     a, rest = first_part(width)
     b, last = first_part(rest) if rest else (32, 0)
     assert a % 32 == 0 and b % 32 == 0 and a + b + last >= width
+
+
+@pytest.mark.parametrize("codes", Codes)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiler_is_told_the_shapes_that_come(name: str, codes: Codes) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def shapes(rows: Rows) -> list[tuple[torch.Size, torch.dtype] | None]:
+        return [None if t is None else (t.shape, t.dtype) for t in (rows.values, rows.scale, rows.whole)]
+
+    x = draw(3, 96, seed=1, dtype=torch.bfloat16)
+    real = shapes(kernels(3, 96)[name][2](x, codes))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert shapes(kernels(3, 96)[name][2](torch.empty_like(x), codes)) == real

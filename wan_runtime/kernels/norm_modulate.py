@@ -1,11 +1,11 @@
-"""LayerNorm, then a factor and a shift, then per-token FP8 quantisation: one pass.
+"""LayerNorm, then a factor and a shift, then quantisation for the next product: one pass.
 
 In:  x [tokens, width] bf16, fp16 or fp32, contiguous; factor and shift [entries, width] fp32 (last dimension
      contiguous), index [tokens] int32: which entry a token takes, or None where all take entry 0.
-Out: Rows of LN(x) * (plus + factor) + shift: e4m3 codes and scale [tokens, 1], or plain in x's dtype.
+Out: Rows of LN(x) * (plus + factor) + shift in `codes`; plain ones in x's dtype.
 
 With plus = 1 that is WAN's modulation (scale, shift), with plus = 0 an affine LayerNorm (weight, bias).
-Bytes moved: 3 an element from bf16 to codes.
+Bytes moved, an element from bf16: 3 to FP8 codes, 3.03 to MXFP8, 6.56 to NVFP4, which takes a second pass.
 """
 
 from __future__ import annotations
