@@ -14,6 +14,7 @@ from fastapi import Request
 
 from wan_runtime import ClipRequest
 
+from . import memory
 from .errors import ApiError
 from .inputs import kept
 from .jobs import Job
@@ -69,6 +70,7 @@ def terms_of(
             "fewer steps or frames, or a smaller size.",
             param="num_inference_steps",
         )
+    _check_memory(served, model, clip)
     return Terms(
         cost_seconds=seconds,
         max_queue_seconds=settings.max_queue_seconds,
@@ -77,6 +79,20 @@ def terms_of(
         fingerprint=fingerprint,
         trace=trace,
     )
+
+
+def _check_memory(served: Services, model: str, clip: ClipRequest) -> None:
+    """Raises ApiError 422 where the clip would not fit into the GPU's memory, or into what the operator gives it."""
+    known, most = served.engine.state.models.get(model), served.settings.max_clip_gib
+    if known is None or known.memory is None:
+        return
+    limits = [known.memory.room, most * memory.GIB if most is not None else None]
+    there = [limit for limit in limits if limit is not None]
+    loras = (served.loras(model) or {}) if clip.lora else {}
+    beside = sum(path.stat().st_size for name in clip.lora for path in loras[name].files if name in loras)
+    reason = memory.refusal(known.memory, clip, known.profile.size_multiple, min(there), beside)
+    if reason is not None:
+        raise ApiError(422, "clip_too_large", reason, param="num_frames")
 
 
 def add_job(

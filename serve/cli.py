@@ -102,6 +102,11 @@ def serve(
         "How much work may be waiting, in predicted seconds."))] = DEFAULTS.max_queue_seconds,
     max_job_seconds: Annotated[float, typer.Option(min=0, help=(
         "How long a clip may be predicted to take."))] = DEFAULTS.max_job_seconds,
+    check_memory: Annotated[bool, typer.Option(help=(
+        "Refuse clips that are predicted to need more memory than the GPU has for them."))] = DEFAULTS.check_memory,
+    max_clip_gib: Annotated[float | None, typer.Option(min=0, help=(
+        "How much of torch's memory a clip may be predicted to take beside the weights; default: what the GPU has, and "
+        "on a CPU no limit."))] = DEFAULTS.max_clip_gib,
     keep_days: Annotated[float, typer.Option(min=0, help=(
         "Remove a finished job and its clip after so many days; 0 keeps them."))] = DEFAULTS.keep_days,
     keep_gib: Annotated[float, typer.Option(min=0, help=(
@@ -129,7 +134,8 @@ def serve(
         attention_end_blocks=attention_end_blocks, attention_end_steps=attention_end_steps,
         cancel_seconds=cancel_seconds, log_level=log_level, stall_seconds=stall_seconds, drain_seconds=drain_seconds,
         max_queue_seconds=max_queue_seconds,
-        max_job_seconds=max_job_seconds, keep_days=keep_days, keep_gib=keep_gib, sweep_seconds=sweep_seconds,
+        max_job_seconds=max_job_seconds, check_memory=check_memory, max_clip_gib=max_clip_gib,
+        keep_days=keep_days, keep_gib=keep_gib, sweep_seconds=sweep_seconds,
         embed_metadata=embed_metadata, metrics=metrics, log_format=log_format,
         otlp_endpoint=otlp_endpoint,
     )  # fmt: skip
@@ -191,6 +197,8 @@ def _check(settings: Settings) -> None:
         )
     if settings.otlp_endpoint is not None and (problem := otlp.refusal(settings.otlp_endpoint)):
         raise typer.BadParameter(problem)
+    if settings.max_clip_gib is not None and not settings.check_memory:
+        raise typer.BadParameter("--max-clip-gib is given beside --no-check-memory, which would not heed it.")
     if settings.checkpoint_low and not settings.checkpoint:
         raise typer.BadParameter("--checkpoint-low needs --checkpoint, the high-noise expert.")
     if not is_loopback(settings.host) and not settings.allow_remote and not settings.api_keys:

@@ -59,8 +59,18 @@ def _settings(settings: Settings) -> Table:
         "API keys": keys,
         "jobs and clips": settings.data_dir,
         "spans": settings.otlp_endpoint and f"sent to {settings.otlp_endpoint}",
+        "memory of a clip": _memory(settings),
     }
     for name, value in rows.items():
         if value is not None:
             table.add_row(name, str(value))
     return table
+
+
+def _memory(settings: Settings) -> str:
+    """What is asked of a clip's memory; what there is for it is known once the model has been loaded and used."""
+    if not settings.check_memory:
+        return "not looked at"
+    if settings.max_clip_gib is None:
+        return "as much as the GPU has beside the weights; on a CPU not looked at"
+    return f"up to {settings.max_clip_gib:g} GiB beside the weights"

@@ -261,6 +261,7 @@ class Engine:
     def _end(self, job_id: str, event: str, message: dict[str, Any]) -> None:
         if event == "done":
             row = self._store.complete(job_id, size=message["size"])
+            self.state = replace(self.state, weighed=message["memory"])
             self._learn(job_id)
         elif event == "cancelled":
             row = fail_cancelled(self._store, job_id)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from . import pictures
 from .counters import Counters
 from .inputs import read_kept
+from .measuring import GpuMeter, parts_told
+from .memory import GIB, Memory, clip_bytes
 from .previews import Map, Previews
 from .storage import Storage
 
@@ -39,6 +41,7 @@ class Bench:
     preview_map: Map
     embed: bool = True
     loras: Callable[[], Mapping[str, Lora]] = dict
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,11 @@ class Outcome:
 def make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mapping[str, Any]) -> Outcome:
     """Makes one job's files, whole or not at all. All its memory is free again when this returns."""
     try:
-        outcome = Outcome("done", {"size": _make(bench, job_id, asked, made_with)})
-        log.info("%s is done", job_id)
+        with _weighed(bench, asked) as memory:
+            size = _make(bench, job_id, asked, made_with)
+        outcome = Outcome("done", {"size": size, "memory": memory})
+        told = ", ".join(f"{count / GIB:.2f} GiB {what}" for what, count in memory.items())
+        log.info("%s is done%s", job_id, f" (memory beside the weights: {told})" if told else "")
     except Cancelled:
         outcome = Outcome("cancelled", {})
     except Exception as error:
@@ -87,6 +93,22 @@ def free(pipe: Any) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _weighed(bench: Bench, asked: Mapping[str, Any]) -> Iterator[dict[str, float]]:
+    """What the clip made within is `predicted` to take, and on a GPU its `peak`, in bytes beside the weights."""
+    import wan_runtime
+
+    told: dict[str, float] = {}
+    device = bench.pipe.vae.device
+    meter = GpuMeter(device) if bench.memory is not None and device.type == "cuda" else None
+    with parts_told(bench.pipe, meter) if meter is not None else contextlib.nullcontext():
+        yield told
+    if bench.memory is not None:
+        told["predicted"] = clip_bytes(bench.memory, wan_runtime.ClipRequest(**asked))
+    if bench.memory is not None and meter is not None:
+        told["peak"] = max(meter.take().values()) + meter.rest - bench.memory.rest
 
 
 def _make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mapping[str, Any]) -> int:

@@ -96,6 +96,8 @@ class Metrics:
         """Everything in Prometheus's text format, with the queue and the worker as they are now."""
         jobs, seconds = served.store.waiting()
         state = served.engine.state
+        known = state.models.get(state.model or "")
+        room = known.memory.room if known and known.memory else None
         gauges = {
             ("wan_queue_jobs", "Jobs that wait."): jobs,
             ("wan_queue_seconds", "What they are predicted to take."): seconds,
@@ -106,6 +108,14 @@ class Metrics:
         if held:
             gauges["wan_worker_gpu_memory_bytes", "What the worker holds of the GPUs' memory."] = held
             gauges["wan_worker_gpu_memory_peak_bytes", "The most in use since its last job began."] = peak
+        memory = {
+            ("wan_memory_room_bytes", "What the GPU has for a clip beside the weights."): room,
+            ("wan_clip_memory_predicted_bytes", "Predicted for the last clip."): state.weighed.get(
+                "predicted"
+            ),
+            ("wan_clip_memory_peak_bytes", "What the last clip took at its most."): state.weighed.get("peak"),
+        }
+        gauges |= {told: value for told, value in memory.items() if value is not None}
         lines = [
             f"# HELP {name} {told}\n# TYPE {name} gauge\n{name} {value}\n"
             for (name, told), value in gauges.items()

@@ -47,6 +47,8 @@ class Settings:
     drain_seconds: float = 30.0  # that the running job is given to end when the server is told to stop
     max_queue_seconds: float = 4 * 3600.0  # of predicted work that may be waiting
     max_job_seconds: float = 2 * 3600.0  # that one clip may be predicted to take
+    check_memory: bool = True  # refuse clips that are predicted to need more memory than there is
+    max_clip_gib: float | None = None  # that one clip may be predicted to take beside the weights
     keep_days: float = 30.0  # after which a finished job is removed; 0 keeps it
     keep_gib: float = 100.0  # of clips, the oldest of which are removed beyond that; 0 keeps them
     sweep_seconds: float = 60.0  # between two looks for what is to be removed

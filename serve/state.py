@@ -10,28 +10,33 @@ from wan_runtime import ClipProfile
 
 from .costs import Speed
 from .counters import SIZE, Counters
+from .memory import Memory
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a model since it was first loaded: what it accepts, what it is, and how fast it is here."""
+    """What is known of a model since it was first loaded: what it accepts, what it is, how fast it is here, and what
+    memory its clips take (None where that was not counted)."""
 
     profile: ClipProfile
     facts: Mapping[str, Any]
     speed: Speed
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True)
 class EngineState:
     """What the worker is doing, for readiness and for /v1/models. Models stay known while it restarts.
 
-    `model` is the one that the worker holds, or is loading.
+    `model` is the one that the worker holds, or is loading; `weighed` the memory of the clip that was made last, as
+    predicted and as it was, in bytes beside the weights.
     """
 
     phase: str = "starting"
     model: str | None = None
     models: Mapping[str, Known] = field(default_factory=dict)
     pid: int | None = None
+    weighed: Mapping[str, float] = field(default_factory=dict)
     counters: Counters = field(default_factory=lambda: Counters([0] * SIZE))
 
     @property
@@ -45,7 +50,8 @@ class EngineState:
         before = self.models.get(name)
         if before is not None:  # what was learned from jobs outlives the worker
             speed = replace(speed, correction=before.speed.correction)
-        known = Known(ClipProfile(**message["profile"]), message["facts"], speed)
+        memory = Memory(**message["memory"]) if message["memory"] else None
+        known = Known(ClipProfile(**message["profile"]), message["facts"], speed, memory)
         return replace(self, model=name, models={**self.models, name: known})
 
     def corrected(self, name: str, correction: float) -> EngineState:

@@ -12,7 +12,10 @@ from wan_runtime import ClipProfile, ClipRequest, StartImage
 
 from .costs import Speed, operations, pixels_of, tokens_of
 from .inputs import UNKNOWN
+from .making import free, is_lack_of_memory
+from .memory import Memory
 from .settings import Settings
+from .weighing import STEPS, learn
 
 log = logging.getLogger("wan_serve.worker")
 PROFILE_STEPS = 2  # the first one sets things up for its size
@@ -65,13 +68,34 @@ def _blank(clip: ClipRequest) -> StartImage | None:
     return StartImage(Image.new("RGB", (clip.width, clip.height), "grey"), clip.image)
 
 
-def warm(pipe: Any) -> dict[str, Any]:
+def warm(pipe: Any, settings: Settings) -> dict[str, Any]:
     """Uses the model for the first time, and says what it can do: the data of the `ready` event."""
     import wan_runtime
 
     profile = wan_runtime.clip_profile(pipe)
     try_out(pipe)
-    return {"profile": asdict(profile), "facts": _facts(pipe), "speed": asdict(_measure(pipe, profile))}
+    speed, memory = _measure(pipe, profile), _weigh(pipe, profile, settings)
+    return {
+        "profile": asdict(profile),
+        "facts": _facts(pipe),
+        "speed": asdict(speed),
+        "memory": memory and asdict(memory),
+    }
+
+
+def _weigh(pipe: Any, profile: ClipProfile, settings: Settings) -> Memory | None:
+    """What memory clips take, where anything is to be refused by it: on a GPU, or within the operator's own limit."""
+    if not settings.check_memory or (settings.max_clip_gib is None and pipe.vae.device.type != "cuda"):
+        return None
+    ends = settings.attention_end_steps or 0  # one step between them must attend in FP8
+    try:
+        return learn(pipe, _practice(profile), _blank, max(STEPS, 2 * ends + 1))
+    except Exception as error:
+        if not is_lack_of_memory(error):
+            raise
+    log.warning("memory ran out while it was counted for small clips: no clip will be refused by its memory")
+    free(pipe)
+    return None
 
 
 def _measure(pipe: Any, profile: ClipProfile) -> Speed:

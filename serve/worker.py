@@ -23,6 +23,7 @@ from . import logs
 from .counters import Counters
 from .made_with import loras_of
 from .making import Bench, Cancelled, free, make, note_memory
+from .memory import Memory
 from .previews import fit
 from .settings import Settings
 from .storage import Storage
@@ -116,7 +117,7 @@ def _loaded(line: Line, counters: Counters, settings: Settings) -> Bench:
         warming.make_room()
         pipe = warming.load(settings)
         line.tell("phase", phase="warming")
-        told = warming.warm(pipe)
+        told = warming.warm(pipe, settings)
         previews = fit(pipe)
         note_memory(counters)
     except Exception as error:
@@ -129,7 +130,7 @@ def _loaded(line: Line, counters: Counters, settings: Settings) -> Bench:
     line.tell("known", model=settings.model_name, **told)
     return Bench(
         pipe, Storage(settings.data_dir), counters, line.tell, line.check, previews, settings.embed_metadata,
-        lambda: loras_of(settings),
+        lambda: loras_of(settings), told["memory"] and Memory(**told["memory"]),
     )  # fmt: skip
 
 

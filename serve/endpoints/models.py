@@ -37,6 +37,7 @@ def _describe(served: Services, name: str) -> dict[str, Any]:
         "phase": state.phase if held else "unloaded",
         "limits_and_defaults": profile_fields(known.profile) if known else None,
         "runtime": known.facts if known else None,
+        "memory": {"rest": known.memory.rest, "room": known.memory.room} if known and known.memory else None,
         "worker": {"pid": state.pid, **state.counters.read()},
     }
 
