@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 from fastapi import Request
 
-from wan_runtime import ClipRequest
+from wan_runtime import ClipRequest, Lora
 
 from . import memory
 from .errors import ApiError
@@ -57,8 +57,9 @@ def terms_of(
     key: str | None,
     fingerprint: str | None,
     trace: Mapping[str, str] | None = None,
+    loras: Mapping[str, Lora] | None = None,
 ) -> Terms:
-    """On which a clip may be added. Raises ApiError 422 where it alone is too much for this server."""
+    """On which a clip may be added; `loras` has those that it names. Raises ApiError 422 where it alone is too much for this server."""
     settings = served.settings
     seconds = served.engine.forecast.seconds(clip, model)
     if seconds > settings.max_job_seconds:
@@ -70,7 +71,7 @@ def terms_of(
             "fewer steps or frames, or a smaller size.",
             param="num_inference_steps",
         )
-    _check_memory(served, model, clip)
+    _check_memory(served, model, clip, loras or {})
     return Terms(
         cost_seconds=seconds,
         max_queue_seconds=settings.max_queue_seconds,
@@ -81,15 +82,14 @@ def terms_of(
     )
 
 
-def _check_memory(served: Services, model: str, clip: ClipRequest) -> None:
+def _check_memory(served: Services, model: str, clip: ClipRequest, loras: Mapping[str, Lora]) -> None:
     """Raises ApiError 422 where the clip would not fit into the GPU's memory, or into what the operator gives it."""
     known, most = served.engine.state.models.get(model), served.settings.max_clip_gib
     if known is None or known.memory is None:
         return
     limits = [known.memory.room, most * memory.GIB if most is not None else None]
     there = [limit for limit in limits if limit is not None]
-    loras = (served.loras(model) or {}) if clip.lora else {}
-    beside = sum(path.stat().st_size for name in clip.lora for path in loras[name].files if name in loras)
+    beside = sum(path.stat().st_size for name in clip.lora for path in loras[name].files)
     reason = memory.refusal(known.memory, clip, known.profile.size_multiple, min(there), beside)
     if reason is not None:
         raise ApiError(422, "clip_too_large", reason, param="num_frames")

@@ -42,20 +42,19 @@ def peak(pipe: Any, size: Size) -> int:
     """The most that torch's CPU allocator held beyond what it held before, in its own running total."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as session:
         wan_runtime.generate(pipe, clip(pipe, size, 1))
-    totals: list[tuple[int, int]] = []
-    before = 0
+    seen: list[tuple[int, int, int]] = []  # when, the total after it, and by how much that changed
     waiting = list(session.profiler.kineto_results.experimental_event_tree())
     while waiting:
         event = waiting.pop()
         waiting += event.children
         if event.name == profiler_util.MEMORY_EVENT_NAME:
-            totals.append((event.start_time_ns, event.extra_fields.total_allocated))
-            if event.start_time_ns == min(totals)[0]:
-                before = event.extra_fields.total_allocated - event.extra_fields.alloc_size
-    most: int = max(total for _, total in totals)
-    return most - before
+            fields = event.extra_fields
+            seen.append((event.start_time_ns, fields.total_allocated, fields.alloc_size))
+    _, total, change = min(seen)
+    return max(total for _, total, _ in seen) - (total - change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 64, 33), (128, 128, 13)])
 def test_sizes_that_were_not_counted_take_what_is_predicted(pipe: Any, memory: Memory, size: Size) -> None:
     # twice to six times the pixels of the largest clip that was decoded to learn from
@@ -106,6 +105,7 @@ def bounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.slow
 def test_a_server_refuses_what_would_not_fit_and_makes_what_does(bounded: Server) -> None:
     large = {**QUICK, "prompt": "a red circle", "width": 128, "height": 128, "num_frames": 33}
     refused = httpx.post(f"{bounded.url}/v1/videos", json=large, timeout=30)
@@ -124,6 +124,7 @@ def test_a_server_refuses_what_would_not_fit_and_makes_what_does(bounded: Server
     assert bounded.get("/v1/models/wan-tiny").json()["memory"] == {"rest": 0, "room": None}
 
 
+@pytest.mark.slow
 def test_nothing_but_json_is_logged_while_memory_is_counted(bounded: Server) -> None:
     lines = [json.loads(line) for line in bounded.log.read_text().splitlines()]
     assert any("is ready" in line["message"] or "ready: " in line["message"] for line in lines)
