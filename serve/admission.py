@@ -59,7 +59,10 @@ def terms_of(
     trace: Mapping[str, str] | None = None,
     loras: Mapping[str, Lora] | None = None,
 ) -> Terms:
-    """On which a clip may be added; `loras` has those that it names. Raises ApiError 422 where it alone is too much for this server."""
+    """On which a clip may be added; `loras` has those that it names.
+
+    Raises ApiError 422 where it alone is too much for this server.
+    """
     settings = served.settings
     seconds = served.engine.forecast.seconds(clip, model)
     if seconds > settings.max_job_seconds:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.serve.test_costs import CLIP, PROFILE, SPEED
+from wan_runtime import Lora
 from wan_runtime.serve.admission import add_job, terms_of
 from wan_runtime.serve.costs import clip_seconds
 from wan_runtime.serve.errors import ApiError
+from wan_runtime.serve.memory import GIB, Memory
 from wan_runtime.serve.services import Services, open_services
 from wan_runtime.serve.settings import Settings
 from wan_runtime.serve.state import Known
@@ -38,6 +40,34 @@ def test_a_clip_that_would_take_too_long_is_refused_with_the_numbers(services: S
     assert (refused.value.status, refused.value.code) == (422, "clip_too_costly")
     assert "832x480 with 81 frames in 100 steps" in refused.value.message
     assert f"a clip may take {1.5 * SECONDS:.0f} s" in refused.value.message
+
+
+def test_a_clip_that_would_not_fit_is_refused_and_loras_count(services: Services, tmp_path: Path) -> None:
+    need = Memory(
+        parts={"text": [0.0], "denoise": [0.0, 100.0], "chunk": [0.0, 0.0, 256.0]}, rest=GIB, room=9 * GIB
+    )
+    services.engine.state = replace(services.engine.state, models={MODEL: Known(PROFILE, {}, SPEED, need)})
+    terms_of(services, MODEL, CLIP, None, None)  # 832 x 480 x 81 x 256 bytes are 7.7 GiB
+    with pytest.raises(ApiError) as refused:
+        terms_of(services, MODEL, replace(CLIP, num_frames=97), None, None)
+    assert (refused.value.status, refused.value.code) == (422, "clip_too_large")
+    assert "832x480 with 97 frames: that is predicted to take 9.24 GiB" in refused.value.message
+    assert "there are 9.00 GiB. Up to 89 frames of this size fit." in refused.value.message
+    file = tmp_path / "ink.safetensors"
+    with file.open("wb") as sparse:
+        sparse.truncate(GIB)
+    loras = {"ink": Lora("ink", file, None)}
+    with pytest.raises(ApiError, match=r"8\.71 GiB"):
+        terms_of(services, MODEL, replace(CLIP, lora={"ink": 1.0}), None, None, loras)
+
+
+def test_an_operator_may_give_a_clip_less_than_there_is(services: Services) -> None:
+    need = Memory(parts={"text": [0.0], "chunk": [0.0, 0.0, 256.0]}, rest=0, room=20 * GIB)
+    services.engine.state = replace(services.engine.state, models={MODEL: Known(PROFILE, {}, SPEED, need)})
+    terms_of(services, MODEL, CLIP, None, None)
+    bounded = replace(services, settings=replace(services.settings, max_clip_gib=7.0))
+    with pytest.raises(ApiError, match=r"there are 7\.00 GiB"):
+        terms_of(bounded, MODEL, CLIP, None, None)
 
 
 def test_a_full_queue_is_refused_with_a_time_that_the_client_waits(services: Services) -> None:
