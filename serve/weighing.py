@@ -26,7 +26,7 @@ def clips_to_pass(practice: ClipRequest, profile: ClipProfile, steps: int = STEP
     """Two clips whose passes are counted: of about TOKENS tokens and of half as many, if the model takes so many."""
     most = (profile.max_frames - 1) // 4 + 1
     for share in (2, 1):
-        width, height = _sides(profile, share, share)
+        width, height = _sides(profile, share)
         each = width * height // profile.size_multiple**2
         latents = min(-(-TOKENS // each), most)
         if latents * each >= TOKENS:
@@ -43,20 +43,19 @@ def clips_to_pass(practice: ClipRequest, profile: ClipProfile, steps: int = STEP
 def clips_to_decode(practice: ClipRequest, profile: ClipProfile) -> list[ClipRequest]:
     """Three clips that differ in area and in frames, whose decoding is counted."""
     short, long = DECODED
-    whole, half = _sides(profile, 2, 2), _sides(profile, 2, 4)
+    whole = _sides(profile, 2)
+    half = (whole[0], whole[1] // 2 // profile.size_multiple * profile.size_multiple)
     return [
         replace(practice, width=width, height=height, num_frames=frames, num_inference_steps=1)
         for (width, height), frames in ((whole, short), (half, short), (half, long))
     ]
 
 
-def _sides(profile: ClipProfile, across: int, down: int) -> tuple[int, int]:
-    """The model's own width and height divided, in whole tokens."""
+def _sides(profile: ClipProfile, share: int) -> tuple[int, int]:
+    """The model's own width and height divided by `share`, in whole tokens and four at least."""
     multiple = profile.size_multiple
-    return (
-        max(profile.width // across // multiple, 2) * multiple,
-        max(profile.height // down // multiple, 2) * multiple,
-    )
+    width, height = (max(side // share // multiple, 4) * multiple for side in (profile.width, profile.height))
+    return width, height
 
 
 def learn(

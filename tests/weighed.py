@@ -1,20 +1,24 @@
-"""Predicted memory beside the allocator's own count: `python -m tests.weighed [cpu|cuda]` prints it for held-out sizes.
+"""Predicted memory beside the allocator's own count: `python -m tests.weighed [cpu|cuda|kinds]`, for held-out sizes.
 
-On a CPU of the bundled tiny model; on a GPU of a pipeline with Wan2.1's VAE and two blocks of 1.3B's widths, at random.
+On a CPU of the bundled tiny model; on a GPU of a pipeline with Wan2.1's VAE and two blocks of 1.3B's widths, at random;
+`kinds` are the image-to-video models, made small, on a CPU.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import wan_runtime
+from tests.test_image_to_video import KINDS
 from wan_runtime import ClipRequest
-from wan_runtime.serve import weighing
+from wan_runtime.serve import warming, weighing
 from wan_runtime.serve.measuring import count
 from wan_runtime.serve.memory import GIB, PHASES, Memory, by_phase, clip_bytes
 
@@ -23,6 +27,7 @@ TINY: tuple[Size, ...] = (
     (64, 64, 5), (64, 64, 33), (128, 64, 17), (128, 128, 17), (128, 128, 49), (192, 128, 17), (192, 192, 17),
     (256, 256, 9),
 )  # fmt: skip
+SMALL: tuple[Size, ...] = ((128, 128, 13), (192, 64, 33))
 PUBLISHED: tuple[Size, ...] = (
     (416, 240, 33), (640, 352, 17), (832, 480, 17), (832, 480, 49), (832, 480, 81), (480, 832, 33), (1280, 720, 17),
 )  # fmt: skip
@@ -55,15 +60,14 @@ def published(device: str) -> Any:
 def clip(pipe: Any, size: Size, steps: int = weighing.STEPS) -> ClipRequest:
     """A clip of a size."""
     width, height, frames = size
-    practice = wan_runtime.clip_profile(pipe).request("a red circle", seed=0)
+    practice = warming._practice(wan_runtime.clip_profile(pipe))
     return replace(practice, width=width, height=height, num_frames=frames, num_inference_steps=steps)
 
 
 def learned(pipe: Any, steps: int = weighing.STEPS) -> Memory:
     """What a server learns of a pipeline that it has warmed up."""
-    profile = wan_runtime.clip_profile(pipe)
-    wan_runtime.generate(pipe, clip(pipe, (128, 128, 5), 1))
-    return weighing.learn(pipe, profile.request("warm-up", seed=0), lambda _: None, steps)
+    warming.try_out(pipe)
+    return weighing.learn(pipe, warming._practice(wan_runtime.clip_profile(pipe)), warming._blank, steps)
 
 
 def peak_on_gpu(pipe: Any, request: ClipRequest, memory: Memory) -> int:
@@ -84,7 +88,7 @@ def table(pipe: Any, sizes: Iterable[Size]) -> str:
     for size in sizes:
         asked = clip(pipe, size)
         predicted = by_phase(memory, asked)
-        [parts] = count(pipe, [asked], lambda _: None)
+        [parts] = count(pipe, [asked], warming._blank)
         counted = {phase: max(parts.get(part, 0) for part in PHASES[phase]) for phase in PHASES}
         most = peak_on_gpu(pipe, asked, memory) if pipe.vae.device.type == "cuda" else max(counted.values())
         cells = [f"{predicted[phase] / GIB:.3f} / {counted[phase] / GIB:.3f}" for phase in PHASES]
@@ -94,12 +98,23 @@ def table(pipe: Any, sizes: Iterable[Size]) -> str:
     return "\n".join(lines)
 
 
+def kinds() -> str:
+    """A table for each image-to-video model."""
+    told = []
+    for kind, (build, *_) in KINDS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint, base = build(Path(folder))
+            pipe = wan_runtime.load_pipeline(checkpoint, base=base, device="cpu")
+        told.append(f"{kind}\n\n{table(pipe, SMALL)}\n")
+    return "\n".join(told)
+
+
 if __name__ == "__main__":
-    on_gpu = sys.argv[1:] == ["cuda"]
     torch.set_num_threads(1)
-    print(
-        table(
-            published("cuda") if on_gpu else wan_runtime.load_pipeline(device="cpu"),
-            PUBLISHED if on_gpu else TINY,
-        )
-    )
+    match sys.argv[1:]:
+        case ["cuda"]:
+            print(table(published("cuda"), PUBLISHED))
+        case ["kinds"]:
+            print(kinds())
+        case _:
+            print(table(wan_runtime.load_pipeline(device="cpu"), TINY))

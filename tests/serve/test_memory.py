@@ -71,6 +71,9 @@ def test_the_clips_that_are_learned_from_are_small_and_tell_their_terms_apart() 
     assert 1024 < few < many < 2 * TOKENS
     decoded = [(one.width, one.height, one.num_frames) for one in clips_to_decode(practice, large)]
     assert decoded == [(640, 352, 9), (640, 176, 9), (640, 176, 17)]
+    coarse = replace(large, size_multiple=32, width=128, height=128)
+    areas = {one.width * one.height for one in clips_to_decode(practice, coarse)}
+    assert areas == {128 * 128, 128 * 64}
 
 
 def known() -> Memory:
