@@ -56,6 +56,7 @@ def terms_of(
     clip: ClipRequest,
     key: str | None,
     fingerprint: str | None,
+    *,
     trace: Mapping[str, str] | None = None,
     loras: Mapping[str, Lora] | None = None,
 ) -> Terms:

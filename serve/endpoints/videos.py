@@ -147,8 +147,8 @@ async def create_video(request: Request, response: Response, served: Served, ask
     if job is None:
         loras = await run_in_threadpool(served.loras, model) if asked.lora else None
         clip = clip_request(asked, profile, loras)
-        terms = terms_of(served, model, clip, key, fingerprint, served.trace(request))
-        terms = terms_of(served, model, clip, key, fingerprint, loras)
+        trace = served.trace(request)
+        terms = terms_of(served, model, clip, key, fingerprint, trace=trace, loras=loras)
         picture: bytes | None = None
         if reference is not None:
             clip, picture = await served.intake.take(reference, clip)

@@ -58,7 +58,7 @@ def test_a_clip_that_would_not_fit_is_refused_and_loras_count(services: Services
         sparse.truncate(GIB)
     loras = {"ink": Lora("ink", file, None)}
     with pytest.raises(ApiError, match=r"8\.71 GiB"):
-        terms_of(services, MODEL, replace(CLIP, lora={"ink": 1.0}), None, None, loras)
+        terms_of(services, MODEL, replace(CLIP, lora={"ink": 1.0}), None, None, loras=loras)
 
 
 def test_an_operator_may_give_a_clip_less_than_there_is(services: Services) -> None:
