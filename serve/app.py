@@ -78,6 +78,7 @@ def create_app(services: Services) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         docs_url=None,  # its pages load their scripts from elsewhere; /openapi.json is ours
         redoc_url=None,
+        redirect_slashes=False,  # it would lead to whatever Host says, and from a proxy's https to http
     )
     app.state.services = services
     app.state.metrics = metrics

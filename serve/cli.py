@@ -80,6 +80,8 @@ def serve(
         "Let clients use the LoRAs of this folder, by name: its .safetensors files."))] = None,
     upload_seconds: Annotated[float, typer.Option(min=0.1, help=(
         "How long the body of a request may take to arrive."))] = DEFAULTS.upload_seconds,
+    download_seconds: Annotated[float, typer.Option(min=0.1, help=(
+        "How long a client may take for 64 KiB of an answer, or for the rest of it."))] = DEFAULTS.download_seconds,
     data_dir: Annotated[Path, typer.Option(file_okay=False, resolve_path=True, help=(
         "Where jobs and clips are kept."))] = DEFAULTS.data_dir,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: the GPU if there is one.")] = None,
@@ -130,6 +132,7 @@ def serve(
         host=host, port=port, allow_remote=allow_remote, data_dir=data_dir, device=device, dialect=dialect,
         api_keys=api_keys, allow_origin=tuple(allow_origin or ()),
         allow_image_host=tuple(allow_image_host or ()), lora_dir=lora_dir, upload_seconds=upload_seconds,
+        download_seconds=download_seconds,
         weights=weights, compute=compute, backend=backend, attention=attention,
         attention_end_blocks=attention_end_blocks, attention_end_steps=attention_end_steps,
         cancel_seconds=cancel_seconds, log_level=log_level, stall_seconds=stall_seconds, drain_seconds=drain_seconds,

@@ -7,7 +7,7 @@ to this machine's loopback address; `Bodies`, because a body that trickles in wo
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import anyio
 from starlette.datastructures import Headers as RequestHeaders
@@ -66,7 +66,8 @@ class Origins:
 
 
 class Bodies:
-    """Takes no compressed body, and gives a body `seconds` to arrive."""
+    """Takes no compressed body and none of unclear length (a proxy might see its end elsewhere, and the rest as another
+    client's request), and gives a body `seconds` to arrive."""
 
     def __init__(self, app: ASGIApp, *, seconds: float) -> None:
         self.app, self.seconds = app, seconds
@@ -75,7 +76,14 @@ class Bodies:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        coding = RequestHeaders(scope=scope).get("content-encoding", "identity")
+        headers = RequestHeaders(scope=scope)
+        if "transfer-encoding" in headers and ("content-length" in headers or scope["http_version"] == "1.0"):
+            message = (
+                "Content-Length and Transfer-Encoding disagree on where the body ends: send one of them."
+            )
+            await answer(send, 400, "ambiguous_length", message)
+            return
+        coding = headers.get("content-encoding", "identity")
         if coding.strip().lower() not in ("", "identity"):
             await answer(send, 415, "unsupported_media_type", "Bodies are taken as they are, not compressed.")
             return
@@ -106,10 +114,16 @@ def _in_time(receive: Receive, seconds: float) -> Callable[[], Awaitable[Message
     return receive_in_time
 
 
-async def answer(send: Send, status: int, code: str, message: str) -> None:
-    """An error in OpenAI's envelope, given before any endpoint was reached. The rest of the request is not read."""
+async def answer(
+    send: Send, status: int, code: str, message: str, more: Mapping[str, str] | None = None
+) -> None:
+    """An error in OpenAI's envelope, given before any endpoint was reached. The rest of the request is not read.
+
+    `more` are headers.
+    """
     body = json.dumps(envelope(status, code, message)).encode()
     headers = [
+        *((name.encode(), value.encode()) for name, value in (more or {}).items()),
         (b"content-type", b"application/json"),
         (b"connection", b"close"),
         (b"content-length", b"%d" % len(body)),

@@ -32,7 +32,8 @@ class Settings:
     allow_origin: tuple[str, ...] = ()
     allow_image_host: tuple[str, ...] = ()  # from which start images may be fetched
     lora_dir: Path | None = None  # whose files clients may name
-    upload_seconds: float = 60.0  # for the whole body of a request
+    upload_seconds: float = 60.0  # for the head of a request, and again for its whole body
+    download_seconds: float = 60.0  # in which a client takes 64 KiB of an answer, or what is left of it
     data_dir: Path = field(default_factory=lambda: Path.home() / ".local" / "share" / "wan-serve")
     device: str | None = None
     dialect: str | None = None

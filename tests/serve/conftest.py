@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,6 +61,11 @@ class Server:
                 return child
         raise AssertionError("the server has no worker")
 
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").rpartition(":")
+        return host, int(port)
+
     def wait_ready(self) -> None:
         wait_for(lambda: self.get("/readyz").status_code == 200, "the worker to be ready", self)
 
@@ -88,6 +94,18 @@ def wait_for(done: Callable[[], object], what: str, server: Server | None = None
         assert server is None or server.process.poll() is None, f"the server ended:\n{log}"
         assert time.monotonic() < deadline, f"waited {START_SECONDS} s for {what}\n{log}"
         time.sleep(0.05)
+
+
+def talk(server: Server, request: bytes, *, seconds: float = 10) -> bytes:
+    """The whole answer to raw bytes, or what came until the server closed."""
+    with socket.create_connection(server.address, timeout=seconds) as connection:
+        connection.sendall(request)
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+            if b"\r\n\r\n" in b"".join(parts) and b"HTTP/1.1 100" not in parts[0]:
+                break
+        return b"".join(parts)
 
 
 def start(data_dir: Path, *options: str, **environment: str) -> Server:

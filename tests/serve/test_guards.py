@@ -4,39 +4,67 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.serve.conftest import Server, running
-from wan_runtime.serve.parsing import MAX_BODY
+from tests.serve.conftest import Server, running, talk, wait_for
+from tests.serve.test_openapi import REQUEST
+from wan_runtime import ClipRequest
+from wan_runtime.serve.jobs import JobStore
+from wan_runtime.serve.storage import Storage, new_id
+from wan_runtime.serve.uploads import MAX_BODY
 
 SITE = "https://pages.example"
+CLIP = new_id()
+LARGE = 32 * 2**20
 
 
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that waits one second for a body, and lets pages of one site in."""
+    """A server that waits one second for a body or for its client to read, lets pages of one site in, and has a clip of
+    32 MiB from an earlier life."""
     folder = tmp_path_factory.mktemp("guards")
-    with running(folder, "--upload-seconds", "1", "--allow-origin", SITE) as server:
+    storage = Storage(folder)
+    storage.prepare()
+    store = JobStore(storage.database)
+    store.add(CLIP, "wan-tiny", asdict(ClipRequest(**REQUEST)))
+    store.claim()
+    store.complete(CLIP, size=LARGE)
+    store.close()
+    storage.video(CLIP).write_bytes(bytes(LARGE))
+    options = ("--upload-seconds", "1", "--download-seconds", "1", "--allow-origin", SITE)
+    with running(folder, *options) as server:
         yield server
 
 
-def talk(server: Server, request: bytes, *, seconds: float = 10) -> bytes:
-    """The whole answer to raw bytes, or what came until the server closed."""
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
-        connection.sendall(request)
-        parts = []
-        while part := connection.recv(65536):
-            parts.append(part)
-            if b"\r\n\r\n" in b"".join(parts) and b"HTTP/1.1 100" not in parts[0]:
-                break
-        return b"".join(parts)
+def holders(server: Server, file: Path) -> int:
+    """How often the server's process has a file open."""
+    links = Path(f"/proc/{server.process.pid}/fd").iterdir()
+    return sum(os.path.realpath(link) == str(file.resolve()) for link in links)
+
+
+def test_a_client_that_does_not_read_the_clip_it_asked_for_is_given_up(hasty: Server) -> None:
+    """One second for 64 KiB, here: what is cut off is the connection, and the file is not held any longer."""
+    file = Storage(hasty.data_dir).video(CLIP)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(20)
+        connection.connect(hasty.address)
+        connection.sendall(f"GET /v1/videos/{CLIP}/content HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        wait_for(lambda: holders(hasty, file), "the clip to be opened", hasty)
+        begin = time.monotonic()
+        wait_for(lambda: not holders(hasty, file), "the clip to be let go of", hasty)
+        assert 0.4 < time.monotonic() - begin < 15
+    whole = httpx.get(f"{hasty.url}/v1/videos/{CLIP}/content")
+    assert len(whole.content) == LARGE
 
 
 @pytest.mark.parametrize(
@@ -183,8 +211,7 @@ def test_a_head_that_trickles_in_is_given_up(hasty: Server, sent: bytes) -> None
 
 def test_a_second_head_that_trickles_in_is_given_up_too(hasty: Server) -> None:
     """Whoever has been answered once could otherwise hold the connection with half a request."""
-    host, port = hasty.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection(hasty.address, timeout=10) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         begin = time.monotonic()
