@@ -49,9 +49,10 @@ class ApiError(Exception):
 def envelope(
     status: int, code: str, message: str, param: str | None = None
 ) -> dict[str, dict[str, str | None]]:
-    """The body of an error answer."""
+    """The body of an error answer. What a client wrote may hold half characters, which no answer can."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    told = {"message": message, "type": kind, "param": param, "code": code}
+    return {"error": {name: text and text.encode(errors="replace").decode() for name, text in told.items()}}
 
 
 def not_found(video_id: str) -> ApiError:

@@ -6,7 +6,6 @@ known is refused, not dropped: someone who writes `step=8` must not wait for 50 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -14,27 +13,37 @@ from typing import Annotated, Any
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
-from starlette.types import Message
 
 from wan_runtime import ClipProfile, ClipRequest, InvalidRequest, Lora, frames_for
 
 from .errors import ApiError
 from .inputs import UNKNOWN
-from .lora_fields import LISTS, SCHEMA, LoraChoice, strengths_of, take_loras
+from .lora_fields import SCHEMA, LoraChoice, strengths_of, take_loras
 from .references import FIELD, Reference, take_reference
 from .start_images import refusal
+from .uploads import (
+    JSON,
+    MULTIPART,
+    PLAIN_FORM,
+    Count,
+    Uploads,
+    check_charset,
+    json_fields,
+    plain_fields,
+    read_multipart,
+    read_whole,
+)
 
-MAX_BODY = 48 * 2**20  # bytes; room for the largest image as a data URL, which is a third longer
-MAX_JSON_VALUES = 10_000  # no create has so many, and each takes many times the memory of its text
+INTEGERS = Field(
+    ge=-(2**63), le=2**63 - 1
+)  # wider ones are no use, and their products too long to be written out
+Whole = Annotated[int, INTEGERS]
 SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 REFERENCE = {
     "description": "The image that the clip starts from: an uploaded file (PNG, JPEG, WebP), or a data URL.",
     "oneOf": [
-        {"type": "string", "format": "binary"},
+        {"type": "string"},
         {
             "type": "object",
             "properties": {"image_url": {"type": "string"}},
@@ -55,18 +64,18 @@ class CreateVideo(BaseModel):
     seconds: float | None = Field(None, gt=0, le=600, description="Length; snapped to 4n+1 frames at `fps`.")
     size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, such as 832x480.")
     negative_prompt: str | None = Field(None, description="What it is not to show.")
-    seed: int | None = Field(None, description="Of the first noise; random, and told, if left out.")
-    num_inference_steps: int | None = Field(None, description="Denoising steps, 1 to 200.")
+    seed: Whole | None = Field(None, description="Of the first noise; random, and told, if left out.")
+    num_inference_steps: Whole | None = Field(None, description="Denoising steps, 1 to 200.")
     guidance_scale: float | None = Field(
         None, description="How strongly the prompt is followed; 1 turns it off."
     )
     guidance_scale_2: float | None = Field(
         None, description="The same for the low-noise expert of a two-expert model."
     )
-    num_frames: int | None = Field(None, description="4n+1; instead of `seconds`.")
-    fps: int | None = Field(None, description="Frames a second.")
-    width: int | None = Field(None, description="With `height`, instead of `size`.")
-    height: int | None = Field(None, description="With `width`, instead of `size`.")
+    num_frames: Whole | None = Field(None, description="4n+1; instead of `seconds`.")
+    fps: Whole | None = Field(None, description="Frames a second.")
+    width: Whole | None = Field(None, description="With `height`, instead of `size`.")
+    height: Whole | None = Field(None, description="With `width`, instead of `size`.")
     flow_shift: float | None = Field(None, description="Of the scheduler, for this clip.")
     lora: Annotated[list[LoraChoice] | None, WithJsonSchema(SCHEMA)] = None
     input_reference: Annotated[str | None, WithJsonSchema(REFERENCE)] = None
@@ -79,23 +88,32 @@ class CreateVideo(BaseModel):
         return value
 
 
-async def read_create(request: Request) -> tuple[CreateVideo, Reference | None]:
+async def read_create(
+    request: Request, uploads: Uploads, count: Count
+) -> tuple[CreateVideo, Reference | None]:
     """The body of a create, from multipart, a plain form or JSON, and its start image's content or URL.
 
     Raises ApiError for anything that is not one.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        fields = await _read_form(request)
-    elif kind == "application/json":
-        fields = await _read_json(request)
-    else:
-        raise ApiError(
-            415,
-            "unsupported_media_type",
-            f"The body is {kind or 'of no stated type'}. Send multipart/form-data (as the openai client does) or "
-            "application/json.",
-        )
+    if kind in (MULTIPART, PLAIN_FORM):
+        check_charset(request.headers["content-type"])
+    if kind == MULTIPART:
+        fields, size = await read_multipart(request, count)
+        return await uploads.decoded(size, lambda: _understood(fields))
+    if kind in (PLAIN_FORM, JSON):
+        body = await read_whole(request, count)
+        decode = json_fields if kind == JSON else plain_fields
+        return await uploads.decoded(len(body), lambda: _understood(decode(body)))
+    raise ApiError(
+        415,
+        "unsupported_media_type",
+        f"The body is {kind[:80] or 'of no stated type'}. Send multipart/form-data (as the openai client does) or "
+        "application/json.",
+    )
+
+
+def _understood(fields: Mapping[str, Any]) -> tuple[CreateVideo, Reference | None]:
     fields, reference = take_reference(take_loras(fields))
     try:
         return CreateVideo.model_validate(fields), reference
@@ -126,63 +144,6 @@ def clip_request(
         raise ApiError(422, error.code, str(error), param=param) from None
 
 
-async def _read_json(request: Request) -> dict[str, Any]:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        _check_length(len(body))
-    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
-        raise ApiError(400, "invalid_json", f"The body holds more than {MAX_JSON_VALUES} values.")
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, "invalid_json", f"The body is not JSON: {error}.") from None
-    if not isinstance(fields, dict):
-        raise ApiError(
-            400, "invalid_json", f"The body must be a JSON object; it is a {type(fields).__name__}."
-        )
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-async def _read_form(request: Request) -> dict[str, Any]:
-    size = 0
-
-    async def bounded() -> Message:
-        nonlocal size
-        message = await request.receive()
-        size += len(message.get("body", b""))
-        _check_length(size)
-        return message
-
-    fields: dict[str, Any] = {}
-    try:
-        async with Request(request.scope, bounded).form(
-            max_files=4, max_fields=64, max_part_size=MAX_BODY
-        ) as form:
-            for name, value in form.multi_items():
-                if name in LISTS and isinstance(value, str):
-                    fields.setdefault(name, []).append(value)
-                    continue
-                if name in fields:
-                    raise ApiError(400, "duplicate_parameter", f"{name} was sent twice.", param=name)
-                if isinstance(value, UploadFile) and name != FIELD:
-                    raise ApiError(
-                        422, f"invalid_{name[:80]}", f"{name[:80]} was sent as a file.", param=name[:80]
-                    )
-                fields[name] = await value.read() if isinstance(value, UploadFile) else value
-    except (MultiPartException, HTTPException) as error:
-        detail = getattr(error, "detail", None) or getattr(error, "message", error)
-        raise ApiError(400, "invalid_form", f"The form cannot be read: {detail}") from None
-    return fields
-
-
-def _check_length(size: int) -> None:
-    if size > MAX_BODY:
-        # without closing, the rest of the body would still be read, only to be dropped
-        message = f"The body is larger than {MAX_BODY} bytes."
-        raise ApiError(413, "request_too_large", message, headers={"connection": "close"})
-
-
 def _refusal(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False)[0]
     param = str(first["loc"][0])[:80]
@@ -193,7 +154,7 @@ def _refusal(error: ValidationError) -> ApiError:
         return ApiError(422, "missing_parameter", f"{param} is missing.", param=param)
     code = "invalid_size" if param in ("width", "height") else f"invalid_{param}"
     message = f"{param} is {str(first['input'])[:80]!r}: {first['msg']}."
-    return ApiError(422, code, message.encode(errors="replace").decode(), param=param)
+    return ApiError(422, code, message, param=param)
 
 
 def _size(asked: CreateVideo) -> tuple[int | None, int | None]:

@@ -22,6 +22,7 @@ from .settings import Settings
 from .start_images import Intake, open_intake
 from .storage import Storage
 from .sweeper import Sweeper
+from .uploads import Uploads
 
 if TYPE_CHECKING:
     from .spans import Spans
@@ -47,6 +48,7 @@ class Services:
     keys: KeyRing | None = None
     spans: Spans | None = None
     recovered: Sequence[str] = ()  # jobs that the last server left running, and that have ended with it
+    uploads: Uploads = field(default_factory=Uploads)
     # A key's limits hold only if nothing is added while they are looked at.
     creating: asyncio.Lock = field(default_factory=asyncio.Lock)
     started_at: float = field(default_factory=time.time)

@@ -181,17 +181,17 @@ def frames_for(seconds: float, fps: int) -> int:
 
 
 def _check_prompts(request: ClipRequest) -> None:
-    if not request.prompt.strip():
-        raise InvalidRequest("prompt", "invalid_prompt", "The prompt is empty. Say what the clip is to show.")
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        if len(text) > MAX_PROMPT:  # first: what follows looks at every character
+            raise InvalidRequest(
+                name, f"invalid_{name}", f"{name} has {len(text)} characters; the limit is {MAX_PROMPT}."
+            )
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise InvalidRequest(
                 name, f"invalid_{name}", f"{name} holds half a character (a lone surrogate)."
             )
-        if len(text) > MAX_PROMPT:
-            raise InvalidRequest(
-                name, f"invalid_{name}", f"{name} has {len(text)} characters; the limit is {MAX_PROMPT}."
-            )
+    if not request.prompt.strip():
+        raise InvalidRequest("prompt", "invalid_prompt", "The prompt is empty. Say what the clip is to show.")
 
 
 def _check_frames(frames: int) -> None:
@@ -207,7 +207,8 @@ def _check_frames(frames: int) -> None:
 
 def _check_range(name: str, value: float, low: float, high: float | None, unit: str) -> None:
     bounds = f"from {low} to {high}" if high is not None else f"at least {low}"
-    if not math.isfinite(value) or value < low or (high is not None and value > high):
+    endless = isinstance(value, float) and not math.isfinite(value)
+    if endless or value < low or (high is not None and value > high):
         code = "invalid_size" if name in ("width", "height") else f"invalid_{name}"
         raise InvalidRequest(
             name, code, f"{name} is {value}; it must be {bounds}{' ' if unit else ''}{unit}."

@@ -14,7 +14,8 @@ from starlette.concurrency import run_in_threadpool
 from wan_runtime import ClipProfile
 
 from ..admission import add_job, idempotency, repeated, terms_of
-from ..auth import Asker, check_limits
+from ..auth import Asker, Caller, check_limits
+from ..clip_files import ClipFile
 from ..errors import ApiError, not_found
 from ..forecast import poll_after_ms
 from ..jobs import Job
@@ -24,6 +25,7 @@ from ..services import Served, Services
 from ..stopping import stop_job
 from ..storage import ID, Storage
 from ..sweeper import expires_at
+from ..uploads import Count
 from . import Endpoint
 from .models import unknown_model
 
@@ -35,7 +37,9 @@ VARIANTS: dict[str, tuple[str, Callable[[Storage, str], Path]]] = {
     "spritesheet": ("image/jpeg", Storage.spritesheet),
     "start_image": ("image/png", Storage.start_image),
 }
-CONTENT = binary(*(kind for kind, _ in VARIANTS.values()))
+Variant = Annotated[str, Query(json_schema_extra={"enum": list(VARIANTS)})]
+KINDS = [kind for kind, _ in VARIANTS.values()]
+CONTENT = binary(*KINDS) | binary(*KINDS, "multipart/byteranges", status=206)
 NO_RETRY = {"x-should-retry": "false"}
 BODY = {"requestBody": create_body(CreateVideo)}
 
@@ -137,7 +141,15 @@ def find(video_id: str, served: Services) -> Job:
 @router.post("", response_model=Video, openapi_extra=BODY)
 async def create_video(request: Request, response: Response, served: Served, asker: Asker) -> Video:
     """Puts a clip in the queue. Everything is checked here, before the model sees it."""
-    asked, reference = await read_create(request)
+    with served.uploads.counting() as count:  # until the image, if there is one, has been made small
+        job = await _created(request, served, asker, count)
+    video = await run_in_threadpool(describe, job, served)
+    response.headers["openai-poll-after-ms"] = str(poll_after_ms(video.eta_seconds))
+    return video
+
+
+async def _created(request: Request, served: Services, asker: Caller, count: Count) -> Job:
+    asked, reference = await read_create(request, served.uploads, count)
     model = served.settings.model_name if asked.model is None else asked.model
     if model not in served.settings.models:
         raise unknown_model(model, served)
@@ -156,9 +168,7 @@ async def create_video(request: Request, response: Response, served: Served, ask
             check_limits(asker, served)
             job = await run_in_threadpool(add_job, served, model, clip, asker.owner, terms, picture)
         served.engine.wake()
-    video = await run_in_threadpool(describe, job, served)
-    response.headers["openai-poll-after-ms"] = str(poll_after_ms(video.eta_seconds))
-    return video
+    return job
 
 
 def _profile(served: Services, model: str) -> ClipProfile:
@@ -190,7 +200,7 @@ def list_videos(
     order: Literal["asc", "desc"] = "desc",
 ) -> VideoList:
     """The jobs, newest first unless asked otherwise, in pages."""
-    cursor = find(after, served) if after else None
+    cursor = find(after, served) if after is not None else None
     jobs = served.store.page(after=cursor, limit=limit + 1, newest_first=order == "desc", owner=asker.owner)
     page = [describe(job, served) for job in jobs[:limit]]
     return VideoList(
@@ -215,7 +225,7 @@ async def retrieve_video(video_id: str, served: Served) -> Response:
 
 
 @router.get("/{video_id}/content", response_class=FileResponse, responses=CONTENT)
-def download_content(video_id: str, served: Served, variant: str = "video") -> FileResponse:
+def download_content(video_id: str, served: Served, variant: Variant = "video") -> FileResponse:
     """The finished clip as MP4, its thumbnail as WebP, a spritesheet as JPEG, or what it began with as PNG."""
     job = find(video_id, served)
     if variant not in VARIANTS:
@@ -231,9 +241,10 @@ def download_content(video_id: str, served: Served, variant: str = "video") -> F
     path = path_of(served.storage, job.id)
     if variant == "start_image" and not job.request.get("image"):
         raise ApiError(400, "unsupported_variant", "This clip did not start from an image.", param="variant")
-    if not path.is_file():  # deleted since, by another request
-        raise not_found(video_id)
-    return FileResponse(path, media_type=kind, filename=path.name)
+    try:
+        return ClipFile(path, kind)
+    except FileNotFoundError:  # deleted since, by another request
+        raise not_found(video_id) from None
 
 
 @router.delete("/{video_id}", response_model=VideoDeleted)
