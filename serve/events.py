@@ -108,6 +108,8 @@ class Hub:
             return None
         with self._lock:
             log = self._logs.get(job_id)
+            if int(number) > self._number:  # nothing would ever come after it
+                return None
             return int(number) if log and (log[0].number <= int(number) or len(log) < MAX_EVENTS) else None
 
     @contextlib.contextmanager

@@ -142,7 +142,7 @@ class KeyRing:
             self._stamp = stamp
             before, self._keys = self._keys, read(self._path)
             same = {number for number, record in self._keys.items() if before.get(number) == record}
-            self._known = {proof: number for proof, number in self._known.items() if number in same}
+            self._known = {proof: number for proof, number in list(self._known.items()) if number in same}
 
     def known(self, presented: str) -> ApiKey | None:
         """The record of a key that was found before and is still valid, at once; None says nothing."""

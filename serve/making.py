@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from wan_runtime import InvalidRequest
+
 from . import pictures
 from .counters import Counters
 from .inputs import read_kept
@@ -210,8 +212,14 @@ def explain(error: Exception, asked: Mapping[str, Any]) -> tuple[str, str]:
             f"There was not enough free memory for {width}x{height} with {frames} frames{_memory()}. Ask for about "
             f"{fewer} frames, or for about {round(width * 0.7)}x{round(height * 0.7)}: either halves the need.",
         )
-    code = getattr(error, "code", None)
-    return code if isinstance(code, str) else "generation_failed", f"{type(error).__name__}: {error}"[:1000]
+    if isinstance(error, InvalidRequest):
+        return error.code, str(error)[:1000]
+    # its own words are for the operator: they may name files, addresses or code
+    kind = type(error).__name__
+    return (
+        "generation_failed",
+        f"The clip could not be made ({kind}); the server's log has the cause under the job's id.",
+    )
 
 
 def _memory() -> str:

@@ -77,9 +77,13 @@ class Storage:
             path.unlink(missing_ok=True)
 
     def prepare(self) -> None:
-        """Creates the folders, readable by this user alone."""
+        """Creates the folders and the database's file, readable by this user alone, also in a folder that is not."""
         for folder in (self.root, self.videos, self.inputs):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.database.touch(mode=0o600)
+        for private, mode in ((self.videos, 0o700), (self.inputs, 0o700), (self.database, 0o600)):
+            if private.stat().st_mode & 0o077:  # an older server's, or made by someone else
+                private.chmod(mode)
 
     def lock(self) -> IO[str]:
         """Takes the data directory for this process, until the returned file is closed.

@@ -7,6 +7,7 @@ import io
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,17 @@ def test_anything_else_is_refused_with_the_reason(what: str) -> None:
     with pytest.raises(InvalidRequest, match=why) as refused:
         open_image(content)
     assert (refused.value.param, refused.value.code) == ("image", "invalid_image")
+
+
+def test_odd_metadata_fills_no_log() -> None:
+    """Each of 3,000 tags that point beyond the file is a warning of its own, whose text Python keeps for ever."""
+    tags = b"".join(struct.pack("<HHII", 1000 + n, 7, 2**20 + n, 8) for n in range(3000))
+    exif = b"II*\0\x08\0\0\0" + struct.pack("<H", 3000) + tags + bytes(4)
+    content = png(8, 8, (b"eXIf", exif), (b"IDAT", zlib.compress(bytes(8 * 25))))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert open_image(content).picture.size == (8, 8)
+    assert told == []
 
 
 PROBE = """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +64,9 @@ def _decode(content: bytes) -> Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        # A warning is kept and written for each odd tag of an image's EXIF data, none of which is used but one.
+        with warnings.catch_warnings(), Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            warnings.simplefilter("ignore")
             _check(picture)
             picture.load()
             return _on_white(ImageOps.exif_transpose(picture))
@@ -71,7 +74,7 @@ def _decode(content: bytes) -> Image:
         raise
     except UnidentifiedImageError:
         raise _refused(f"is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own bounds are wider
+    except Image.DecompressionBombError:  # Pillow's own bound is wider
         raise _refused(f"has too many pixels; up to {MAX_PIXELS} are decoded") from None
     except MemoryError:
         raise

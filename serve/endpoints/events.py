@@ -61,6 +61,14 @@ async def _stream(served: Services, job: Job, known: int | None) -> AsyncIterato
                     await bell.wait()
             except TimeoutError:
                 yield ": still here\n\n"
+                # its last event may have been dropped unread, or the job be gone: a stream must not outlive it
+                row = await run_in_threadpool(served.store.get, job.id)
+                if row is not None and row.status in ("queued", "in_progress"):
+                    continue
+                if row is not None and not hub.after(job.id, known):
+                    yield written(f"{hub.epoch}-{known}", *tell.snapshot(row))
+                if not hub.after(job.id, known):
+                    return
 
 
 ENDPOINT = Endpoint(router)

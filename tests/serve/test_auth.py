@@ -117,6 +117,18 @@ def test_the_jobs_of_another_key_are_not_there(guarded: Guarded) -> None:
                 bob.videos.retrieve(UNKNOWN)
             assert hidden.value.code == absent.value.code == "video_not_found"
             assert hidden.value.message.replace(video.id, UNKNOWN) == absent.value.message
+        mine = f"{guarded.server.url}/v1/videos"
+        for method, path in (
+            ("GET", f"/{video.id}/events"),
+            ("POST", f"/{video.id}/cancel"),
+            ("GET", f"/{video.id}/content?variant=thumbnail"),
+            ("GET", f"?after={video.id}"),
+            ("GET", f"?after={video.id}&after="),
+            ("GET", f"?after=&after={video.id}"),
+        ):
+            answer = httpx.request(method, mine + path, headers={"authorization": f"Bearer {guarded.bob}"})
+            assert video.id not in answer.text.replace(f"the id '{video.id}'", ""), path
+            assert answer.status_code == 404, path
         assert [job.id for job in bob.videos.list()] == []
         assert video.id in [job.id for job in alice.videos.list()]
         assert alice.videos.download_content(video.id).read()[4:8] == b"ftyp"
@@ -169,6 +181,9 @@ def test_a_keys_creates_a_minute_are_limited(guarded: Guarded) -> None:
         assert refused.value.code == "rate_limited"
         assert 0 < int(refused.value.response.headers["retry-after"]) <= 60
         erin.videos.list()  # looking is not limited
+        for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP"):  # nor is it counted by address
+            with pytest.raises(openai.RateLimitError):
+                erin.videos.create(prompt="a red circle", extra_headers={name: "for=10.1.2.3"})
 
 
 def test_no_key_is_in_the_log_or_the_data(guarded: Guarded) -> None:
@@ -177,3 +192,18 @@ def test_no_key_is_in_the_log_or_the_data(guarded: Guarded) -> None:
     secret = guarded.alice.rpartition("_")[2].encode()
     for path in [guarded.file, *guarded.server.data_dir.rglob("*")]:
         assert path.is_dir() or secret not in path.read_bytes(), path
+
+
+def test_an_idempotency_key_belongs_to_its_api_key(guarded: Guarded) -> None:
+    """Whoever guesses another's finds out nothing: neither that it was used, nor with what."""
+    named = {"extra_headers": {"Idempotency-Key": "monday"}, "extra_body": LONG}
+    with guarded.client(guarded.alice) as alice, guarded.client(guarded.bob) as bob:
+        first = alice.videos.create(prompt="a red circle", **named)  # type: ignore[arg-type]
+        other = bob.videos.create(prompt="a blue square", **named)  # type: ignore[arg-type]
+        assert (first.id != other.id, other.prompt) == (True, "a blue square")
+        with pytest.raises(openai.UnprocessableEntityError) as reused:
+            alice.videos.create(prompt="a blue square", **named)  # type: ignore[arg-type]
+        assert reused.value.code == "idempotency_key_reused"
+        assert alice.videos.create(prompt="a red circle", **named).id == first.id  # type: ignore[arg-type]
+        bob.videos.delete(other.id)
+        alice.videos.delete(first.id)

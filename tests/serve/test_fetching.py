@@ -38,6 +38,8 @@ class Handler(BaseHTTPRequestHandler):
             "/once": "/image", "/loop": "/loop", "/away": f"http://other.example:{port}/image",
             "/local": f"http://127.0.0.1:{port}/image", "/file": "file:///etc/passwd",
             "/credentials": f"http://a:b@{NAME}:{port}/image", "/rebound": f"http://rebound.example:{port}/image",
+            "/unreadable": "http://a:b/", "/port": f"http://{NAME}:99999/", "/decimal": f"http://2130706433:{port}/image",
+            "/mapped": f"http://[::ffff:169.254.169.254]:{port}/image", "/nul": "/\\0", "/latin": "http://\xff.example/",
         }  # fmt: skip
         if self.path in redirects:
             self.send_response(302)
@@ -122,7 +124,21 @@ def test_a_redirect_is_resolved_and_looked_at_again(host: ThreadingHTTPServer) -
     assert [path for path, _ in Handler.seen] == ["/rebound"]
 
 
-@pytest.mark.parametrize("path", ["/away", "/local", "/file", "/credentials"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/away",
+        "/local",
+        "/file",
+        "/credentials",
+        "/unreadable",
+        "/port",
+        "/decimal",
+        "/mapped",
+        "/latin",
+        "/idna",
+    ],
+)
 def test_a_redirect_to_what_may_not_be_fetched_is_refused(host: ThreadingHTTPServer, path: str) -> None:
     at = f"{NAME}:{host.server_port}"
     assert refused(f"http://{at}{path}", hosts=[at]).code == "image_url_refused"
@@ -136,6 +152,8 @@ def test_a_redirect_to_what_may_not_be_fetched_is_refused(host: ThreadingHTTPSer
         ("/gone", "status 404"),
         ("/endless", "larger than"),
         ("/compressed", "compressed"),
+        ("/unreadable", "connection failed"),
+        ("/idna", "connection failed"),
     ],
 )
 def test_what_fails_is_told(host: ThreadingHTTPServer, path: str, why: str) -> None:

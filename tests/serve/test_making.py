@@ -98,8 +98,11 @@ def test_the_beginning_of_the_first_step_is_told_once(pipe: Any, storage: Storag
     assert not pipe.transformer._forward_pre_hooks
 
 
-def test_other_errors_keep_their_own_words() -> None:
-    code, message = explain(RuntimeError("sizes differ"), REQUEST)
-    assert (code, message) == ("generation_failed", "RuntimeError: sizes differ")
+def test_what_a_client_may_know_of_an_error_is_told_and_no_more() -> None:
+    """An unforeseen error names paths of the server (here) or lines of its code; the log has them."""
+    failure = OSError(28, "No space left on device", "/srv/clips/videos/.x.part")
+    code, message = explain(failure, REQUEST)
+    assert code == "generation_failed" and "OSError" in message and "the server's log" in message
+    assert "/srv" not in message and "space" not in message
     refusal = wan_runtime.InvalidRequest("flow_shift", "invalid_flow_shift", "It has none.")
-    assert explain(refusal, REQUEST)[0] == "invalid_flow_shift"
+    assert explain(refusal, REQUEST) == ("invalid_flow_shift", "It has none.")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from wan_runtime.serve.jobs import JobStore
 from wan_runtime.serve.storage import ID, Storage, new_id
 
 
@@ -34,6 +35,23 @@ def test_nothing_but_an_id_becomes_a_path(storage: Storage, job_id: str) -> None
 
 def test_the_folders_are_private(storage: Storage) -> None:
     assert [folder.stat().st_mode & 0o077 for folder in (storage.root, storage.videos)] == [0, 0]
+
+
+def test_in_a_folder_that_others_may_read_they_read_neither_prompts_nor_clips(tmp_path: Path) -> None:
+    """As an older server left it, or as a container's volume comes."""
+    root = tmp_path / "data"
+    (root / "videos").mkdir(parents=True)
+    (root / "jobs.sqlite3").touch()
+    for path, mode in ((root, 0o755), (root / "videos", 0o755), (root / "jobs.sqlite3", 0o644)):
+        path.chmod(mode)
+    storage = Storage(root)
+    storage.prepare()
+    store = JobStore(storage.database)
+    store.add(new_id(), "wan-tiny", {"prompt": "a secret"})
+    files = list(root.iterdir())
+    assert {"jobs.sqlite3", "jobs.sqlite3-wal", "videos", "inputs"} <= {path.name for path in files}
+    assert [path.name for path in files if path.stat().st_mode & 0o077] == []
+    store.close()
 
 
 def test_a_sweep_removes_what_no_job_owns(storage: Storage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +13,16 @@ import openai
 import pytest
 
 from tests.serve.conftest import QUICK, Server
+from tests.serve.test_admission import MODEL, services
+from tests.serve.test_costs import CLIP
+from wan_runtime.serve.admission import add_job, terms_of
+from wan_runtime.serve.endpoints import events as endpoint
+from wan_runtime.serve.services import Services
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 PROMPT = "a large white circle moving left on a red background"
 STEPS = 12
+__all__ = ["services"]  # a fixture
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,41 @@ def test_an_id_of_another_life_starts_from_where_the_job_stands(
     [only] = events(server, video.id, last)
     assert (only.name, only.data["status"]) == ("done", "completed")
     client.videos.delete(video.id)
+
+
+def test_an_id_that_is_yet_to_come_is_not_waited_for(server: Server, client: openai.OpenAI) -> None:
+    """No event would ever come after it: the stream would outlive its job, for as long as the client likes."""
+    video = client.videos.create_and_poll(prompt=PROMPT, extra_body=QUICK)
+    [only] = events(server, video.id)
+    epoch = only.number.partition("-")[0]
+    [again] = events(server, video.id, f"{epoch}-{10**14}")
+    assert (again.name, again.data["status"]) == ("done", "completed")
+    client.videos.delete(video.id)
+
+
+@pytest.mark.parametrize("end", ["failed", "deleted"])
+def test_a_stream_ends_with_its_job_though_its_last_event_was_dropped(
+    services: Services, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Events of the latest jobs are kept, and a reader that is slow may find its own gone."""
+    monkeypatch.setattr(endpoint, "QUIET_SECONDS", 0.05)
+    terms = terms_of(services, MODEL, CLIP, None, None)
+    job = add_job(services, MODEL, CLIP, None, terms)
+
+    async def read() -> list[str]:
+        told = []
+        async for text in endpoint._stream(services, job, None):
+            told.append(text)
+            if len(told) == 3:
+                if end == "failed":
+                    services.store.fail(job.id, "cancelled", "It was.", status="queued")
+                else:
+                    services.store.delete(job.id, unless="in_progress")
+        return told
+
+    first, *quiet = asyncio.run(asyncio.wait_for(read(), 30))
+    assert "event: queued" in first and set(quiet[:2]) == {": still here\n\n"}
+    assert ("event: failed" in quiet[-1]) == (end == "failed") and len(quiet) < 6
 
 
 def test_a_cancel_and_a_delete_end_the_stream(server: Server, client: openai.OpenAI) -> None:
