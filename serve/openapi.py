@@ -98,10 +98,11 @@ def create_body(model: type[BaseModel]) -> dict[str, Any]:
     for name, bounds in BOUNDS.items():
         schema["properties"][name].update(bounds)
     form = {**schema, "properties": {name: _as_field(told) for name, told in schema["properties"].items()}}
+    file = {**form["properties"]["input_reference"], "contentMediaType": "application/octet-stream"}
     content = {
         kind: {"schema": told, "example": EXAMPLE}
         for kind, told in {
-            "multipart/form-data": form,
+            "multipart/form-data": {**form, "properties": {**form["properties"], "input_reference": file}},
             "application/x-www-form-urlencoded": form,
             "application/json": schema,
         }.items()
@@ -112,5 +113,5 @@ def create_body(model: type[BaseModel]) -> dict[str, Any]:
 def _as_field(told: Mapping[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in told.items() if name not in ("anyOf", "oneOf", "default")}
     [kind] = [kind for kind in told.get("anyOf", [{}]) if kind.get("type") != "null"]
-    ways = [way for way in told.get("oneOf", []) if way.get("type") not in ("object", "array")]
-    return {**kind, **rest, **({"oneOf": ways} if ways else {})}
+    [*way] = [way for way in told.get("oneOf", []) if way.get("type") not in ("object", "array")]
+    return {**kind, **rest, **(way[0] if way else {})}
