@@ -2,8 +2,9 @@
 
     python benchmarks/kernels.py [--size 14B] [--only gelu] [--sweep] [--compile]
 
---sweep tries other launches (rows a program, warps, stages, registers) beside the kernel's own, and prints the best
-five; --compile only compiles them, so that several processes can fill Triton's cache before one of them measures.
+--sweep tries other launches (rows a program, warps, stages, registers, rows at once) beside the kernel's own, and
+prints the best five; --compile only compiles them, so that several processes can fill Triton's cache before one of
+them measures: one a kernel (--only).
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from wan_runtime.kernels import attention_output, gelu_quantize, norm_modulate, norm_rope, residual_norm
-from wan_runtime.kernels._rows import Launch
+from wan_runtime.kernels._launch import Launch, launch_at
 from wan_runtime.kernels.quantize_mxfp8 import quantize_mxfp8
 from wan_runtime.kernels.quantize_nvfp4 import quantize_nvfp4
 
@@ -26,7 +27,7 @@ SIZES = {
     "5B": (27280, 3072, 14336),
     "1.3B": (32760, 1536, 8960),
 }  # tokens, width, ffn
-OTHERS = tuple(
+WIDE = tuple(
     Launch(rows, warps, stages, registers)
     for rows, stages, (warps, registers) in itertools.product(
         (1, 4, 8, 16, 32),
@@ -34,14 +35,36 @@ OTHERS = tuple(
         ((4, None), (4, 128), (8, None), (8, 128), (8, 80), (16, None), (16, 64)),
     )
 )
+# A narrow row leaves most of 4 warps waiting: fewer warps, or several rows at once.
+NARROW = tuple(
+    Launch(rows, warps, stages, registers, tile)
+    for rows, stages, (tile, warps, registers) in itertools.product(
+        (8, 32),
+        (2, 3),
+        (
+            *itertools.product((1,), (1, 2), (None, 128)),
+            *((1, 4, registers) for registers in (None, 80, 64)),
+            *itertools.product((2, 4, 8), (4, 8), (None, 128)),
+        ),
+    )
+)
+
+
+NO_CHOICE = {0: Launch()}  # of kernels that have one launch
+
+
+def others(width: int) -> tuple[Launch, ...]:
+    """The launches that --sweep tries for rows of a width."""
+    return WIDE if width > 4096 else NARROW
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel on one size: how many bytes it has to move, what it is launched with, and the launch."""
+    """A kernel on rows of one width: how many bytes it has to move, its own launches, and the launch."""
 
+    width: int
     moved: float
-    own: Launch
+    measured: Mapping[int, Launch]
     run: Callable[[Launch], object]
 
 
@@ -62,39 +85,45 @@ def cases(tokens: int, width: int, ffn: int) -> dict[str, Case]:
     ended, quantised = attention_output.attention_output, tokens * width
     gate, gates = table[:1, 2], table[:, 2]
     return {
-        "norm_modulate": Case(3 * quantised, norm_modulate.LAUNCH, lambda how: norm(x, one, True, how)),
-        "norm_modulate of two": Case(3 * quantised, norm_modulate.LAUNCH, lambda how: norm(x, two, True, how)),
+        "norm_modulate": Case(width, 3 * quantised, norm_modulate.LAUNCHES, lambda how: norm(x, one, True, how)),
+        "norm_modulate of two": Case(width, 3 * quantised, norm_modulate.LAUNCHES, lambda how: norm(x, two, True, how)),
         "residual_norm": Case(
-            7 * quantised, residual_norm.LAUNCH,
+            width, 7 * quantised, residual_norm.LAUNCHES,
             lambda how: residual(y, bias, gate, stream, None, one, True, into=stream, launch=how),
         ),
         "residual_norm of two": Case(
-            7 * quantised, residual_norm.LAUNCH,
+            width, 7 * quantised, residual_norm.LAUNCHES,
             lambda how: residual(y, bias, gates, stream, index, two, True, into=stream, launch=how),
         ),
         "residual_norm, no norm": Case(
-            6 * quantised, residual_norm.PLAIN_LAUNCH,
+            width, 6 * quantised, residual_norm.PLAIN_LAUNCHES,
             lambda how: residual(y, bias, gate, stream, None, None, False, into=stream, launch=how),
         ),
-        "norm_rope": Case(4 * quantised, norm_rope.LAUNCH, lambda how: rope(x, bias, bias, 1e-6, angles, None, how)),
+        "norm_rope": Case(
+            width, 4 * quantised, norm_rope.LAUNCHES, lambda how: rope(x, bias, bias, 1e-6, angles, None, how)
+        ),
         "norm_rope to codes": Case(
-            3 * quantised, norm_rope.LAUNCH, lambda how: rope(x, bias, bias, 1e-6, angles, codes, how)
+            width, 3 * quantised, norm_rope.LAUNCHES, lambda how: rope(x, bias, bias, 1e-6, angles, codes, how)
         ),
         "norm_rope, no rotation": Case(
-            4 * quantised, norm_rope.LAUNCH, lambda how: rope(x, bias, bias, 1e-6, None, None, how)
+            width, 4 * quantised, norm_rope.LAUNCHES, lambda how: rope(x, bias, bias, 1e-6, None, None, how)
         ),
         "gelu_quantize": Case(
-            3 * tokens * ffn, gelu_quantize.LAUNCH,
+            ffn, 3 * tokens * ffn, gelu_quantize.LAUNCHES,
             lambda how: gelu_quantize.gelu_quantize(hidden, ffn_bias, True, how),
         ),
-        "attention_output": Case(3 * quantised, attention_output.LAUNCH, lambda how: ended(x, bias, None, True, how)),
-        "quantize_rows": Case(3 * quantised, attention_output.LAUNCH, lambda how: ended(x, None, None, True, how)),
-        "quantize_rows, ffn": Case(
-            3 * tokens * ffn, attention_output.LAUNCH, lambda how: ended(hidden, None, None, True, how)
+        "attention_output": Case(
+            width, 3 * quantised, attention_output.LAUNCHES, lambda how: ended(x, bias, None, True, how)
         ),
-        # These have one launch: their tile is the scales' own. The first reads its input twice, for the amax.
-        "quantize_nvfp4": Case(4.5625 * quantised, Launch(), lambda how: quantize_nvfp4(x, None)),
-        "quantize_mxfp8": Case(3.03125 * quantised, Launch(), lambda how: quantize_mxfp8(x)),
+        "quantize_rows": Case(
+            width, 3 * quantised, attention_output.LAUNCHES, lambda how: ended(x, None, None, True, how)
+        ),
+        "quantize_rows, ffn": Case(
+            ffn, 3 * tokens * ffn, attention_output.LAUNCHES, lambda how: ended(hidden, None, None, True, how)
+        ),
+        # Their tile is the scales' own. The first reads its input twice, for the amax.
+        "quantize_nvfp4": Case(width, 4.5625 * quantised, NO_CHOICE, lambda how: quantize_nvfp4(x, None)),
+        "quantize_mxfp8": Case(width, 3.03125 * quantised, NO_CHOICE, lambda how: quantize_mxfp8(x)),
     }  # fmt: skip
 
 
@@ -119,7 +148,7 @@ def copy_rate() -> float:
     return 2 * 2**30 / median(lambda: target.copy_(source))
 
 
-def measure(name: str, case: Case, rate: float, launches: tuple[Launch, ...]) -> list[tuple[float, Launch]]:
+def measure(name: str, case: Case, launches: tuple[Launch, ...]) -> list[tuple[float, Launch]]:
     """Milliseconds of each launch that this GPU can make, the kernel's own first."""
     found = []
     for launch in launches:
@@ -139,7 +168,7 @@ def main() -> None:
     given = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark times GPU kernels and finds no GPU.")
-    rate = copy_rate()
+    rate = 1.0 if given.compile else copy_rate()
     if not given.compile:
         print(
             f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {rate / 1e9:.3f} TB/s",
@@ -149,8 +178,9 @@ def main() -> None:
         for name, case in cases(*SIZES[size]).items():
             if given.only not in name:
                 continue
-            launches = (case.own, *OTHERS) if given.sweep else (case.own,)
-            found = measure(name, case, rate, launches)
+            own_launch = launch_at(case.measured, case.width)
+            swept = given.sweep and case.measured is not NO_CHOICE
+            found = measure(name, case, (own_launch, *(others(case.width) if swept else ())))
             if given.compile:
                 continue
             own, *_ = found

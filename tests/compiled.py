@@ -21,6 +21,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from wan_runtime.kernels._codes import Codes
+from wan_runtime.kernels._launch import Launch
 from wan_runtime.kernels.attention_output import attention_output
 from wan_runtime.kernels.expand_nvfp4 import expand_nvfp4
 from wan_runtime.kernels.gelu_quantize import gelu_quantize
@@ -67,6 +68,7 @@ def cases(width: int, ffn: int, dtype: torch.dtype) -> dict[str, Callable[[], ob
         Modulation(table[:, 1], table[:, 0], EPS, index=index),
     )
     codes = zeros(TOKENS, width, dtype=torch.float8_e4m3fn)
+    four = Launch(tile=4)  # what a sweep may choose for narrow rows
     angles = zeros(TOKENS, 128)
     packed = zeros(ffn, width // 2, dtype=torch.uint8)
     return {
@@ -92,6 +94,12 @@ def cases(width: int, ffn: int, dtype: torch.dtype) -> dict[str, Callable[[], ob
         "attention_output": lambda: attention_output(x, bias, None, True),
         "attention_output of two": lambda: attention_output(x, bias, x, True),
         "quantize_rows": lambda: attention_output(x, None, None, True),
+        "norm_modulate, four rows": lambda: norm_modulate(x, one, True, four),
+        "residual_norm, four rows": lambda: residual_norm(
+            x, bias, table[:, 2], x, index, two, True, launch=four
+        ),
+        "norm_rope, four rows": lambda: norm_rope(x, bias, bias, EPS, angles, codes, four),
+        "attention_output, four rows": lambda: attention_output(x, bias, x, True, four),
         "quantize_heads": lambda: quantize_heads(x.view(1, TOKENS, -1, 128)),
         "quantize_nvfp4": lambda: quantize_nvfp4(x, None),
         "quantize_nvfp4, static": lambda: quantize_nvfp4(x, zeros(1, 1)),

@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-runtime[dev]')")
 
-from wan_runtime.kernels._rows import Launch, Rows, written
+from wan_runtime.kernels._launch import Launch
+from wan_runtime.kernels._rows import Rows, written
 from wan_runtime.kernels.attention_output import attention_output, attention_output_torch
 from wan_runtime.kernels.gelu_quantize import gelu_quantize, gelu_quantize_torch
 from wan_runtime.kernels.norm_modulate import Modulation, norm_modulate, norm_modulate_torch

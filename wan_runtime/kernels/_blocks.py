@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from wan_runtime.dialects._swizzle import padded
+from wan_runtime.kernels._tiles import column, inside
 
 TOKENS = 128  # of a tile of scales
 BLOCKS = 4
@@ -58,20 +59,24 @@ def e8m0_inverse(byte):
 
 
 @triton.jit
-def mxfp8_part(values, scales, row, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """SIZE fp32 values of a token, from number FIRST on -> what rounds to their codes. Writes their scales.
+def mxfp8_part(
+    values, scales, row, left, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr
+):
+    """SIZE fp32 values of R tokens, from number FIRST on -> what rounds to their codes. Writes their scales.
 
     FIRST and SIZE are multiples of 32; what lies past WIDTH is 0 and has no scale.
     """
     tl.static_assert(SIZE % 32 == 0, "a part of a row holds whole blocks")
-    blocks = tl.reshape(values, (SIZE // 32, 32))
-    bits = largest_bits(blocks, 1)
+    blocks = tl.reshape(values, (R, SIZE // 32, 32))
+    bits = largest_bits(blocks, 2)
     byte = e8m0_byte(bits)
     block = FIRST // 32 + tl.arange(0, SIZE // 32)
-    tile = row // 128 * ((WIDTH // 32 + 3) // 4) + block // 4
-    at = tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + block % 4
-    tl.store(scales + at, tl.where(bits < 0x7F800000, byte, 255).to(tl.uint8), mask=block < WIDTH // 32)
-    return tl.reshape(blocks * e8m0_inverse(byte)[:, None], (SIZE,))
+    rows = row + column(R)
+    tile = rows // 128 * ((WIDTH // 32 + 3) // 4) + (block // 4)[None, :]
+    at = tile * 512 + rows % 32 * 16 + rows % 128 // 32 * 4 + (block % 4)[None, :]
+    present = inside(left, block, FIRST + SIZE <= WIDTH, WIDTH // 32, R)
+    tl.store(scales + at, tl.where(bits < 0x7F800000, byte, 255).to(tl.uint8), mask=present)
+    return tl.reshape(blocks * e8m0_inverse(byte)[:, :, None], (R, SIZE))
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""What the row kernels share: how a row is read, normalised and written (as FP8 codes with its scale, or plain), and
-how a launch is shaped.
+"""What the row kernels share: how rows are read, normalised and written (as FP8 codes with a scale each, or plain).
 
-A row of activations is one token. A kernel reads it once, keeps it in registers in fp32 and writes the result once.
+A row of activations is one token. A kernel reads it once, keeps it in registers in fp32 and writes the result once. A
+program works on R rows at once (`Launch.tile`), of which the last may be past the end: `left` says how many there are.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from wan_runtime.formats import mxfp8
 from wan_runtime.formats._mx import BLOCK
 from wan_runtime.kernels._blocks import largest_bits, mxfp8_part
 from wan_runtime.kernels._codes import Codes
+from wan_runtime.kernels._tiles import column, inside, store_column
 from wan_runtime.kernels.quantize_nvfp4 import empty_blocks, quantize_nvfp4, quantize_nvfp4_torch
 
 E4M3_MAX = 448.0
 LEAST = 1e-30  # the smallest scale: its reciprocal is still finite in fp32
-SHARED = 96 * 1024  # bytes of shared memory that a program has on every GPU with FP8 products
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Rows:
 
 
 def written(values: torch.Tensor, codes: int, dtype: torch.dtype) -> Rows:
-    """The plain-torch twin of `store_row` and `finished`: fp32 values as Rows, coded or in a dtype."""
+    """The plain-torch twin of `store_rows` and `finished`: fp32 values as Rows, coded or in a dtype."""
     if codes == Codes.PLAIN:
         return Rows(values.to(dtype))
     if codes == Codes.MXFP8:
@@ -91,131 +91,139 @@ def finished(rows: Rows, codes: int) -> Rows:
 
 
 @triton.jit
-def load_row(at, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """The WIDTH values at `at` in two parts, A and up to B of them, 0 past the end; see `Launch`."""
-    columns = A + tl.arange(0, B)
-    a = tl.load(at + tl.arange(0, A))
-    if A + B == WIDTH:  # noqa: SIM108 - Triton's if
-        b = tl.load(at + columns)
-    else:
-        b = tl.load(at + columns, mask=columns < WIDTH, other=0.0)
+def load_part(
+    at, stride, left, START: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr
+):
+    """The COUNT columns from START on of R rows that begin at `at`, `stride` apart: [R, COUNT], 0 where there is no
+    row and past a row's end. `at` may also be a column, a place a row, with a stride of 0."""
+    columns = START + tl.arange(0, COUNT)
+    present = inside(left, columns, START + COUNT <= WIDTH, WIDTH, R)
+    return tl.load(at + column(R) * stride + columns[None, :], mask=present, other=0.0)
+
+
+@triton.jit
+def store_part(
+    at, stride, left, values, START: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr
+):
+    """Write what `load_part` reads, in the dtype of `at`."""
+    columns = START + tl.arange(0, COUNT)
+    present = inside(left, columns, START + COUNT <= WIDTH, WIDTH, R)
+    tl.store(at + column(R) * stride + columns[None, :], values.to(at.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def load_rows(at, stride, left, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr):
+    """R rows in two parts [R, A] and [R, B]; see `load_part` and `Launch`."""
+    a = load_part(at, stride, left, 0, A, WIDTH, R)
+    b = load_part(at, stride, left, A, B, WIDTH, R)
     return a, b
 
 
 @triton.jit
-def store_plain(at, a, b, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """Write a row's two parts in the dtype of `at`."""
-    columns = A + tl.arange(0, B)
-    tl.store(at + tl.arange(0, A), a.to(at.dtype.element_ty))
-    if A + B == WIDTH:
-        tl.store(at + columns, b.to(at.dtype.element_ty))
+def store_plain(
+    at, stride, left, a, b, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr
+):
+    """Write R rows' two parts in the dtype of `at`."""
+    store_part(at, stride, left, a, 0, A, WIDTH, R)
+    store_part(at, stride, left, b, A, B, WIDTH, R)
+
+
+@triton.jit
+def load_entries(index, left, R: tl.constexpr):
+    """Which entry of a table each of R rows takes, a column; 0 where there is no row."""
+    if R == 1:
+        entries = tl.load(index)
     else:
-        tl.store(at + columns, b.to(at.dtype.element_ty), mask=columns < WIDTH)
+        rows = tl.arange(0, R)[:, None]
+        entries = tl.load(index + rows, mask=rows < left, other=0)
+    return entries.to(tl.int64)
 
 
 @triton.jit
-def row_sum(a, b, A: tl.constexpr, B: tl.constexpr):
-    """The sum of a row's two parts, the threads' own shares first: one reduction over the program instead of two."""
-    return tl.sum(tl.sum(tl.reshape(a, (B, A // B)), 1) + b, 0)
+def differ(entries, others, R: tl.constexpr):
+    """Whether any row takes another entry."""
+    other = entries != others
+    if R > 1:
+        other = tl.max(other.to(tl.int32)) != 0
+    return other
 
 
 @triton.jit
-def row_amax(a, b, A: tl.constexpr, B: tl.constexpr):
-    """The largest magnitude of a row's two parts."""
-    return tl.max(tl.maximum(tl.max(tl.reshape(tl.abs(a), (B, A // B)), 1), tl.abs(b)), 0)
+def load_table(
+    table, entries, stride, ONE: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """A table's ONE entry for all rows in two parts of one row, or those of a column in two parts of R rows."""
+    if ONE:
+        a, b = load_rows(table, 0, 1, WIDTH, A, B, 1)
+    else:
+        a, b = load_rows(table + entries * stride, 0, R, WIDTH, A, B, R)
+    return a, b
 
 
 @triton.jit
-def store_amax(a, b, out, amaxes, row, A: tl.constexpr, B: tl.constexpr):
-    """Write the largest magnitude of a row's two parts as they will be stored in `out`; NaN where there is one."""
-    first = largest_bits(tl.reshape(a.to(out.dtype.element_ty).to(tl.float32), (B, A // B)), 1)
-    second = b.to(out.dtype.element_ty).to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    tl.store(amaxes + row, tl.max(tl.maximum(first, second), 0).to(tl.float32, bitcast=True))
+def row_sum(a, b, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr):
+    """The sums of rows' two parts, a column. The threads' own shares come first: one reduction over the program instead
+    of two."""
+    shares = tl.sum(tl.reshape(a, (R, B, A // B)), 2) + b
+    return tl.sum(shares) if R == 1 else tl.sum(shares, 1)[:, None]
 
 
 @triton.jit
-def normalise(a, b, eps, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """LayerNorm without weights of one row in fp32; 0 past the end."""
-    mean = row_sum(a, b, A, B) / WIDTH
+def row_max(values, R: tl.constexpr):
+    """The largest of each row's values [R, columns], a column."""
+    return tl.max(values) if R == 1 else tl.max(values, 1)[:, None]
+
+
+@triton.jit
+def folded(values, COUNT: tl.constexpr, TO: tl.constexpr, R: tl.constexpr):
+    """The magnitudes of COUNT values of R rows folded to the largest of TO groups."""
+    return tl.max(tl.reshape(tl.abs(values), (R, TO, COUNT // TO)), 2)
+
+
+@triton.jit
+def normalise(a, b, eps, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr):
+    """LayerNorm without weights of R rows in fp32; 0 past the end."""
+    mean = row_sum(a, b, A, B, R) / WIDTH
     a = a - mean
     b = b - mean
     if A + B != WIDTH:
-        b = tl.where(A + tl.arange(0, B) < WIDTH, b, 0.0)
-    scale = tl.rsqrt(row_sum(a * a, b * b, A, B) / WIDTH + eps)
+        b = tl.where((A + tl.arange(0, B) < WIDTH)[None, :], b, 0.0)
+    scale = tl.rsqrt(row_sum(a * a, b * b, A, B, R) / WIDTH + eps)
     return a * scale, b * scale
 
 
 @triton.jit
-def store_row(
-    a, b, out, scales, row, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    E4M3_MAX: tl.constexpr, LEAST: tl.constexpr, CODES: tl.constexpr,
+def scale_rows(scales, left, amax, E4M3_MAX: tl.constexpr, LEAST: tl.constexpr, R: tl.constexpr):
+    """Write the scales of R rows of these largest magnitudes, a column; returns what their values are multiplied by."""
+    scale = tl.where(amax > 0, tl.maximum(amax / E4M3_MAX, LEAST), 1.0)
+    store_column(scales, left, scale, R)
+    return 1.0 / scale
+
+
+@triton.jit
+def stored_bits(values, out, COUNT: tl.constexpr, TO: tl.constexpr, R: tl.constexpr):
+    """COUNT values of R rows as they will be stored in `out`, folded to the bits of the largest magnitudes of TO
+    groups; NaN's where there is one."""
+    rounded = values.to(out.dtype.element_ty).to(tl.float32)
+    return largest_bits(tl.reshape(rounded, (R, TO, COUNT // TO)), 2)
+
+
+@triton.jit
+def store_rows(
+    a, b, out, scales, row, left, E4M3_MAX: tl.constexpr, LEAST: tl.constexpr, CODES: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Write one row of fp32 values, 0 past the end, as CODES says, one of `Codes`: coded with their scale, or plain."""
+    """Write R rows of fp32 values, 0 past the end, as CODES says, one of `Codes`: coded with their scales, or plain."""
     if CODES == 1:
-        amax = row_amax(a, b, A, B)
-        scale = tl.where(amax > 0, tl.maximum(amax / E4M3_MAX, LEAST), 1.0)
-        tl.store(scales + row, scale)
-        a = a * (1.0 / scale)
-        b = b * (1.0 / scale)
+        amax = row_max(tl.maximum(folded(a, A, B, R), tl.abs(b)), R)
+        inverse = scale_rows(scales + row, left, amax, E4M3_MAX, LEAST, R)
+        a = a * inverse
+        b = b * inverse
     elif CODES == 2:
-        a = mxfp8_part(a, scales, row, 0, A, WIDTH)
-        b = mxfp8_part(b, scales, row, A, B, WIDTH)
+        a = mxfp8_part(a, scales, row, left, 0, A, WIDTH, R)
+        b = mxfp8_part(b, scales, row, left, A, B, WIDTH, R)
     elif CODES == 3:
-        store_amax(a, b, out, scales, row, A, B)
-    store_plain(out + row * WIDTH, a, b, WIDTH, A, B)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a row kernel is launched: nothing of it changes a result.
-
-    rows       tokens a program takes, one after the other; what every row needs (biases, modulation) is read once and
-               kept in registers.
-    warps      a program's, at most: rows that are short take fewer.
-    stages     rows that are on their way from memory at a time, in shared memory and not in registers; fewer where they
-               would not fit.
-    registers  the most a thread may hold, or None for the compiler's choice; fewer let more programs run side by side.
-    """
-
-    rows: int = 16
-    warps: int = 4
-    stages: int = 3
-    registers: int | None = None
-
-    def grid(self, tokens: int) -> tuple[int]:
-        """The programs for so many tokens."""
-        return (triton.cdiv(tokens, self.rows),)
-
-    def constants(self, width: int, read: int) -> dict[str, int | None]:
-        """What a kernel is compiled for, of rows for which `read` bytes an element are read.
-
-        A row is held in two parts, powers of two as Triton wants them: 5120 is 4096 and 1024, where one part would be
-        8192 and do 1.6 times the work.
-        """
-        a, rest = first_part(width)
-        return self._constants(width, read, {"A": a, "B": triton.next_power_of_2(rest or BLOCK)})
-
-    def constants_of_three(self, width: int, read: int) -> dict[str, int | None]:
-        """The same in three parts, for wide rows that do much with each value: 13824 is 8192, 4096 and 2048."""
-        a, rest = first_part(width) if width > BLOCK else (width // 2, width // 2)
-        b, rest = first_part(rest)
-        return self._constants(width, read, {"A": a, "B": b, "C": triton.next_power_of_2(rest or BLOCK)})
-
-    def _constants(self, width: int, read: int, parts: dict[str, int]) -> dict[str, int | None]:
-        ahead = SHARED // (sum(parts.values()) * read)  # rows; the one that is worked on is in registers
-        warps = max(triton.next_power_of_2(width) // 256, 1)
-        return {
-            **parts,
-            "WIDTH": width,
-            "STAGES": min(ahead + 1, self.stages),
-            "num_warps": min(warps, self.warps),
-            "maxnreg": self.registers,
-        }
-
-
-def first_part(width: int) -> tuple[int, int]:
-    """The largest power of two below a width of at least 2, and what is left; one block of 32 stays whole."""
-    if width == BLOCK:
-        return width, 0
-    part = 1 << ((width - 1).bit_length() - 1)
-    return part, width - part
+        bits = row_max(tl.maximum(stored_bits(a, out, A, B, R), stored_bits(b, out, B, B, R)), R)
+        store_column(scales + row, left, bits.to(tl.float32, bitcast=True), R)
+    store_plain(out + row * WIDTH, WIDTH, left, a, b, WIDTH, A, B, R)

@@ -14,19 +14,19 @@ import torch
 import triton
 import triton.language as tl
 
+from wan_runtime.kernels._launch import Launch, launch_at
 from wan_runtime.kernels._rows import (
     E4M3_MAX,
     LEAST,
-    Launch,
     Rows,
     finished,
-    load_row,
-    store_row,
+    load_rows,
+    store_rows,
     to_write,
     written,
 )
 
-LAUNCH = Launch(rows=8)
+LAUNCHES = {5120: Launch(rows=8)}
 
 
 def attention_output_torch(
@@ -41,24 +41,25 @@ def attention_output_torch(
 def _attention_output(
     x, bias, other, out, scales, tokens, rows, HAS_BIAS: tl.constexpr, HAS_OTHER: tl.constexpr,
     E4M3_MAX: tl.constexpr, LEAST: tl.constexpr, CODES: tl.constexpr,
-    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * rows
     last = tl.minimum(first + rows, tokens)
     if HAS_BIAS:
-        bias_a, bias_b = load_row(bias, WIDTH, A, B)
-    for row in tl.range(first, last, num_stages=STAGES):
-        a, b = load_row(x + row * WIDTH, WIDTH, A, B)
+        bias_a, bias_b = load_rows(bias, 0, 1, WIDTH, A, B, 1)
+    for row in tl.range(first, last, R, num_stages=STAGES):
+        left = last - row
+        a, b = load_rows(x + row * WIDTH, WIDTH, left, WIDTH, A, B, R)
         a = a.to(tl.float32)
         b = b.to(tl.float32)
         if HAS_OTHER:
-            other_a, other_b = load_row(other + row * WIDTH, WIDTH, A, B)
+            other_a, other_b = load_rows(other + row * WIDTH, WIDTH, left, WIDTH, A, B, R)
             a += other_a.to(tl.float32)
             b += other_b.to(tl.float32)
         if HAS_BIAS:
             a += bias_a
             b += bias_b
-        store_row(a, b, out, scales, row, WIDTH, A, B, E4M3_MAX, LEAST, CODES)
+        store_rows(a, b, out, scales, row, left, E4M3_MAX, LEAST, CODES, WIDTH, A, B, R)
 
 
 def attention_output(
@@ -66,12 +67,13 @@ def attention_output(
     bias: torch.Tensor | None,
     other: torch.Tensor | None,
     codes: int,
-    launch: Launch = LAUNCH,
+    launch: Launch | None = None,
 ) -> Rows:
     """x + other + bias of x [tokens, width], quantised a row; see above."""
     tokens, width = x.shape
     result = to_write(x, codes, x.dtype)
     if tokens:
+        launch = launch or launch_at(LAUNCHES, width)
         _attention_output[launch.grid(tokens)](
             x, bias, other, result.values, result.scale, tokens, launch.rows, HAS_BIAS=bias is not None,
             HAS_OTHER=other is not None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=int(codes),

@@ -11,18 +11,25 @@ import torch
 import triton
 import triton.language as tl
 
-from wan_runtime.kernels._blocks import largest_bits, mxfp8_part
+from wan_runtime.kernels._blocks import mxfp8_part
+from wan_runtime.kernels._launch import Launch, launch_at
 from wan_runtime.kernels._rows import (
     E4M3_MAX,
     LEAST,
-    Launch,
     Rows,
     finished,
+    folded,
+    load_part,
+    row_max,
+    scale_rows,
+    store_part,
+    stored_bits,
     to_write,
     written,
 )
+from wan_runtime.kernels._tiles import store_column
 
-LAUNCH = Launch(warps=16, stages=1, registers=64)  # waits for its arithmetic more than for memory
+LAUNCHES = {13824: Launch(warps=16, stages=1, registers=64)}  # waits for its arithmetic more than for memory
 
 
 def gelu_quantize_torch(x: torch.Tensor, bias: torch.Tensor | None, codes: int) -> Rows:
@@ -40,39 +47,23 @@ def _gelu(x):
 
 
 @triton.jit
-def _largest(values, C: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT values folded to the largest magnitudes of C groups."""
-    return tl.max(tl.reshape(tl.abs(values), (C, COUNT // C)), 1)
-
-
-@triton.jit
-def _stored_bits(values, out, C: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT values as they will be stored, folded to the bits of the largest magnitudes of C groups."""
-    rounded = values.to(out.dtype.element_ty).to(tl.float32)
-    return largest_bits(tl.reshape(rounded, (C, COUNT // C)), 1)
-
-
-@triton.jit
 def _gelu_quantize(
     x, bias, out, scales, tokens, rows, HAS_BIAS: tl.constexpr, E4M3_MAX: tl.constexpr, LEAST: tl.constexpr,
     CODES: tl.constexpr, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-    STAGES: tl.constexpr,
+    R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * rows
     last = tl.minimum(first + rows, tokens)
-    at_a = tl.arange(0, A)
-    at_b = A + tl.arange(0, B)
-    at_c = A + B + tl.arange(0, C)
-    inside = at_c < WIDTH
     if HAS_BIAS:
-        bias_a = tl.load(bias + at_a)
-        bias_b = tl.load(bias + at_b)
-        bias_c = tl.load(bias + at_c, mask=inside, other=0.0)
-    for row in tl.range(first, last, num_stages=STAGES):
+        bias_a = load_part(bias, 0, 1, 0, A, WIDTH, 1)
+        bias_b = load_part(bias, 0, 1, A, B, WIDTH, 1)
+        bias_c = load_part(bias, 0, 1, A + B, C, WIDTH, 1)
+    for row in tl.range(first, last, R, num_stages=STAGES):
+        left = last - row
         read = x + row * WIDTH
-        a = tl.load(read + at_a).to(tl.float32)
-        b = tl.load(read + at_b).to(tl.float32)
-        c = tl.load(read + at_c, mask=inside, other=0.0).to(tl.float32)
+        a = load_part(read, WIDTH, left, 0, A, WIDTH, R).to(tl.float32)
+        b = load_part(read, WIDTH, left, A, B, WIDTH, R).to(tl.float32)
+        c = load_part(read, WIDTH, left, A + B, C, WIDTH, R).to(tl.float32)
         if HAS_BIAS:
             a += bias_a
             b += bias_b
@@ -81,33 +72,34 @@ def _gelu_quantize(
         b = _gelu(b)
         c = _gelu(c)
         if CODES == 1:
-            folded = tl.maximum(_largest(a, C, A), _largest(b, C, B))
-            amax = tl.max(tl.maximum(folded, tl.abs(c)), 0)
-            scale = tl.where(amax > 0, tl.maximum(amax / E4M3_MAX, LEAST), 1.0)
-            tl.store(scales + row, scale)
-            inverse = 1.0 / scale
+            largest = tl.maximum(folded(a, A, C, R), folded(b, B, C, R))
+            amax = row_max(tl.maximum(largest, tl.abs(c)), R)
+            inverse = scale_rows(scales + row, left, amax, E4M3_MAX, LEAST, R)
             a *= inverse
             b *= inverse
             c *= inverse
         elif CODES == 2:
-            a = mxfp8_part(a, scales, row, 0, A, WIDTH)
-            b = mxfp8_part(b, scales, row, A, B, WIDTH)
-            c = mxfp8_part(c, scales, row, A + B, C, WIDTH)
+            a = mxfp8_part(a, scales, row, left, 0, A, WIDTH, R)
+            b = mxfp8_part(b, scales, row, left, A, B, WIDTH, R)
+            c = mxfp8_part(c, scales, row, left, A + B, C, WIDTH, R)
         elif CODES == 3:
-            bits = tl.maximum(_stored_bits(a, out, C, A), _stored_bits(b, out, C, B))
-            largest = tl.max(tl.maximum(bits, _stored_bits(c, out, C, C)), 0)
-            tl.store(scales + row, largest.to(tl.float32, bitcast=True))
+            bits = tl.maximum(stored_bits(a, out, A, C, R), stored_bits(b, out, B, C, R))
+            bits = row_max(tl.maximum(bits, stored_bits(c, out, C, C, R)), R)
+            store_column(scales + row, left, bits.to(tl.float32, bitcast=True), R)
         write = out + row * WIDTH
-        tl.store(write + at_a, a.to(out.dtype.element_ty))
-        tl.store(write + at_b, b.to(out.dtype.element_ty))
-        tl.store(write + at_c, c.to(out.dtype.element_ty), mask=inside)
+        store_part(write, WIDTH, left, a, 0, A, WIDTH, R)
+        store_part(write, WIDTH, left, b, A, B, WIDTH, R)
+        store_part(write, WIDTH, left, c, A + B, C, WIDTH, R)
 
 
-def gelu_quantize(x: torch.Tensor, bias: torch.Tensor | None, codes: int, launch: Launch = LAUNCH) -> Rows:
+def gelu_quantize(
+    x: torch.Tensor, bias: torch.Tensor | None, codes: int, launch: Launch | None = None
+) -> Rows:
     """gelu(x + bias) of x [tokens, width], quantised a row; see above."""
     tokens, width = x.shape
     result = to_write(x, codes, x.dtype)
     if tokens:
+        launch = launch or launch_at(LAUNCHES, width)
         _gelu_quantize[launch.grid(tokens)](
             x, bias, result.values, result.scale, tokens, launch.rows, HAS_BIAS=bias is not None, E4M3_MAX=E4M3_MAX,
             LEAST=LEAST, CODES=int(codes), **launch.constants_of_three(width, x.itemsize),

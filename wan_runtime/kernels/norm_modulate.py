@@ -16,20 +16,23 @@ import torch
 import triton
 import triton.language as tl
 
+from wan_runtime.kernels._launch import Launch, launch_at
 from wan_runtime.kernels._rows import (
     E4M3_MAX,
     LEAST,
-    Launch,
     Rows,
+    differ,
     finished,
-    load_row,
+    load_entries,
+    load_rows,
+    load_table,
     normalise,
-    store_row,
+    store_rows,
     to_write,
     written,
 )
 
-LAUNCH = Launch(rows=32, warps=8, registers=80)
+LAUNCHES = {5120: Launch(rows=32, warps=8, registers=80)}
 
 
 @dataclass(frozen=True)
@@ -60,35 +63,37 @@ def norm_modulate_torch(x: torch.Tensor, modulation: Modulation, codes: int) -> 
 def _norm_modulate(
     x, factor, shift, index, out, scales, tokens, rows, stride, eps,
     PLUS: tl.constexpr, SINGLE: tl.constexpr, E4M3_MAX: tl.constexpr, LEAST: tl.constexpr, CODES: tl.constexpr,
-    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * rows
     last = tl.minimum(first + rows, tokens)
-    taken = first * 0
+    taken = first
     if not SINGLE:
-        taken = tl.load(index + first).to(tl.int64)
-    factor_a, factor_b = load_row(factor + taken * stride, WIDTH, A, B)
-    shift_a, shift_b = load_row(shift + taken * stride, WIDTH, A, B)
-    for row in tl.range(first, last, num_stages=STAGES):
-        a, b = load_row(x + row * WIDTH, WIDTH, A, B)
+        taken = load_entries(index + first, last - first, R)
+    factor_a, factor_b = load_table(factor, taken, stride, SINGLE, WIDTH, A, B, R)
+    shift_a, shift_b = load_table(shift, taken, stride, SINGLE, WIDTH, A, B, R)
+    for row in tl.range(first, last, R, num_stages=STAGES):
+        left = last - row
+        a, b = load_rows(x + row * WIDTH, WIDTH, left, WIDTH, A, B, R)
         if not SINGLE:
-            entry = tl.load(index + row).to(tl.int64)
-            if entry != taken:
-                taken = entry
-                factor_a, factor_b = load_row(factor + taken * stride, WIDTH, A, B)
-                shift_a, shift_b = load_row(shift + taken * stride, WIDTH, A, B)
-        a, b = normalise(a.to(tl.float32), b.to(tl.float32), eps, WIDTH, A, B)
+            entries = load_entries(index + row, left, R)
+            if differ(entries, taken, R):
+                taken = entries
+                factor_a, factor_b = load_table(factor, taken, stride, SINGLE, WIDTH, A, B, R)
+                shift_a, shift_b = load_table(shift, taken, stride, SINGLE, WIDTH, A, B, R)
+        a, b = normalise(a.to(tl.float32), b.to(tl.float32), eps, WIDTH, A, B, R)
         a = a * (factor_a + PLUS) + shift_a
         b = b * (factor_b + PLUS) + shift_b
-        store_row(a, b, out, scales, row, WIDTH, A, B, E4M3_MAX, LEAST, CODES)
+        store_rows(a, b, out, scales, row, left, E4M3_MAX, LEAST, CODES, WIDTH, A, B, R)
 
 
-def norm_modulate(x: torch.Tensor, modulation: Modulation, codes: int, launch: Launch = LAUNCH) -> Rows:
+def norm_modulate(x: torch.Tensor, modulation: Modulation, codes: int, launch: Launch | None = None) -> Rows:
     """LayerNorm, modulate and quantise each row of x [tokens, width]; see the module's docstring."""
     tokens, width = x.shape
     result = to_write(x, codes, x.dtype)
     m = modulation
     if tokens:
+        launch = launch or launch_at(LAUNCHES, width)
         _norm_modulate[launch.grid(tokens)](
             x, m.factor, m.shift, m.index, result.values, result.scale, tokens, launch.rows, m.factor.stride(0), m.eps,
             PLUS=m.plus, SINGLE=m.index is None, E4M3_MAX=E4M3_MAX, LEAST=LEAST, CODES=int(codes),

@@ -16,9 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from wan_runtime.kernels._rows import E4M3_MAX, LEAST, Launch, load_row, row_sum, store_plain
+from wan_runtime.kernels._launch import Launch, launch_at
+from wan_runtime.kernels._rows import E4M3_MAX, LEAST, load_rows, row_sum, store_plain
+from wan_runtime.kernels._tiles import column
 
-LAUNCH = Launch(rows=8)
+LAUNCHES = {5120: Launch(rows=8)}
 
 
 def bounded(weight: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,53 +52,62 @@ def norm_rope_torch(
 
 
 @triton.jit
-def _rotate(values, table, START: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr):
-    """Turn COUNT values, the row's from START on, by the angles of their pairs: the same HALF for every head."""
+def _of_pairs(table, pair, R: tl.constexpr):
+    """What R rows' tables have for these pairs: [R, 1, pairs]."""
+    return tl.load(table + pair)[None, None, :] if R == 1 else tl.load(table + pair[None, :])[:, None, :]
+
+
+@triton.jit
+def _rotate(values, table, START: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr):
+    """Turn COUNT values of R rows, the rows' from START on, by the angles of their pairs at `table`, a column: the
+    same HALF for every head."""
     PERIOD: tl.constexpr = min(COUNT // 2, HALF)  # less than a head where the row is one head, in two parts
-    even, odd = tl.split(tl.reshape(values, (COUNT // (2 * PERIOD), PERIOD, 2)))
+    even, odd = tl.split(tl.reshape(values, (R, COUNT // (2 * PERIOD), PERIOD, 2)))
     pair = (START // 2) % HALF + tl.arange(0, PERIOD)
-    cos = tl.load(table + pair)[None, :]
-    sin = tl.load(table + HALF + pair)[None, :]
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (COUNT,))
+    cos = _of_pairs(table, pair, R)
+    sin = _of_pairs(table + HALF, pair, R)
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (R, COUNT))
 
 
 @triton.jit
 def _norm_rope(
     x, out, bias, weight, table, tokens, rows, stride, out_stride, positions, eps,
     HALF: tl.constexpr, HAS_BIAS: tl.constexpr, ROTATE: tl.constexpr,
-    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * rows
     last = tl.minimum(first + rows, tokens)
     if HAS_BIAS:
-        bias_a, bias_b = load_row(bias, WIDTH, A, B)
-    weight_a, weight_b = load_row(weight, WIDTH, A, B)
+        bias_a, bias_b = load_rows(bias, 0, 1, WIDTH, A, B, 1)
+    weight_a, weight_b = load_rows(weight, 0, 1, WIDTH, A, B, 1)
     # In place too a row may be read ahead: no other program writes it.
-    for row in tl.range(first, last, num_stages=STAGES):
-        a, b = load_row(x + row * stride, WIDTH, A, B)
+    for row in tl.range(first, last, R, num_stages=STAGES):
+        left = last - row
+        a, b = load_rows(x + row * stride, stride, left, WIDTH, A, B, R)
         a = a.to(tl.float32)
         b = b.to(tl.float32)
         if HAS_BIAS:
             a += bias_a
             b += bias_b
-        scale = tl.rsqrt(row_sum(a * a, b * b, A, B) / WIDTH + eps)
+        scale = tl.rsqrt(row_sum(a * a, b * b, A, B, R) / WIDTH + eps)
         a = a * scale * weight_a
         b = b * scale * weight_b
         if ROTATE:
-            angles = table + (row % positions) * (2 * HALF)
-            a = _rotate(a, angles, 0, A, HALF)
-            b = _rotate(b, angles, A, B, HALF)
-        store_plain(out + row * out_stride, a, b, WIDTH, A, B)
+            angles = table + ((row + column(R)) % positions) * (2 * HALF)
+            a = _rotate(a, angles, 0, A, HALF, R)
+            b = _rotate(b, angles, A, B, HALF, R)
+        store_plain(out + row * out_stride, out_stride, left, a, b, WIDTH, A, B, R)
 
 
 def norm_rope(
     x: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor, eps: float, table: torch.Tensor | None,
-    out: torch.Tensor | None = None, launch: Launch = LAUNCH,
+    out: torch.Tensor | None = None, launch: Launch | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Add the bias, normalise and rotate x [tokens, width], in place or into `out`, and return that; see above."""
     tokens, width = x.shape
     target = x if out is None else out
     if tokens:
+        launch = launch or launch_at(LAUNCHES, width)
         _norm_rope[launch.grid(tokens)](
             x, target, bias, weight, table, tokens, launch.rows, x.stride(0), target.stride(0),
             1 if table is None else table.shape[0], eps, HALF=1 if table is None else table.shape[1] // 2,

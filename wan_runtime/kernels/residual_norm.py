@@ -16,23 +16,26 @@ import torch
 import triton
 import triton.language as tl
 
+from wan_runtime.kernels._launch import Launch, launch_at
 from wan_runtime.kernels._rows import (
     E4M3_MAX,
     LEAST,
-    Launch,
     Rows,
+    differ,
     finished,
-    load_row,
+    load_entries,
+    load_rows,
+    load_table,
     normalise,
     store_plain,
-    store_row,
+    store_rows,
     to_write,
     written,
 )
 from wan_runtime.kernels.norm_modulate import Modulation
 
-LAUNCH = Launch(rows=32, stages=4)
-PLAIN_LAUNCH = Launch(rows=4)  # without a norm there is little to do but wait for memory
+LAUNCHES = {5120: Launch(rows=32, stages=4)}
+PLAIN_LAUNCHES = {5120: Launch(rows=4)}  # without a norm there is little to do but wait for memory
 
 
 def residual_norm_torch(
@@ -56,34 +59,35 @@ def _residual_norm(
     HAS_BIAS: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, PLUS: tl.constexpr,
     ONE_GATE: tl.constexpr, ONE_ENTRY: tl.constexpr,
     E4M3_MAX: tl.constexpr, LEAST: tl.constexpr, CODES: tl.constexpr,
-    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * rows
     last = tl.minimum(first + rows, tokens)
-    taken = first * 0
+    taken = first
     if not (ONE_GATE and ONE_ENTRY):
-        taken = tl.load(index + first).to(tl.int64)
+        taken = load_entries(index + first, last - first, R)
     if HAS_BIAS:
-        bias_a, bias_b = load_row(bias, WIDTH, A, B)
+        bias_a, bias_b = load_rows(bias, 0, 1, WIDTH, A, B, 1)
     if GATED:
-        gate_a, gate_b = load_row(gate if ONE_GATE else gate + taken * gate_stride, WIDTH, A, B)
+        gate_a, gate_b = load_table(gate, taken, gate_stride, ONE_GATE, WIDTH, A, B, R)
     if NORM:
-        factor_a, factor_b = load_row(factor if ONE_ENTRY else factor + taken * stride, WIDTH, A, B)
-        shift_a, shift_b = load_row(shift if ONE_ENTRY else shift + taken * stride, WIDTH, A, B)
-    for row in tl.range(first, last, num_stages=STAGES):
-        a, b = load_row(y + row * WIDTH, WIDTH, A, B)
-        stream_a, stream_b = load_row(residual + row * WIDTH, WIDTH, A, B)
+        factor_a, factor_b = load_table(factor, taken, stride, ONE_ENTRY, WIDTH, A, B, R)
+        shift_a, shift_b = load_table(shift, taken, stride, ONE_ENTRY, WIDTH, A, B, R)
+    for row in tl.range(first, last, R, num_stages=STAGES):
+        left = last - row
+        a, b = load_rows(y + row * WIDTH, WIDTH, left, WIDTH, A, B, R)
+        stream_a, stream_b = load_rows(residual + row * WIDTH, WIDTH, left, WIDTH, A, B, R)
         a = a.to(tl.float32)
         b = b.to(tl.float32)
         if not (ONE_GATE and ONE_ENTRY):
-            entry = tl.load(index + row).to(tl.int64)
-            if entry != taken:
-                taken = entry
+            entries = load_entries(index + row, left, R)
+            if differ(entries, taken, R):
+                taken = entries
                 if GATED and not ONE_GATE:
-                    gate_a, gate_b = load_row(gate + taken * gate_stride, WIDTH, A, B)
+                    gate_a, gate_b = load_table(gate, taken, gate_stride, ONE_GATE, WIDTH, A, B, R)
                 if NORM and not ONE_ENTRY:
-                    factor_a, factor_b = load_row(factor + taken * stride, WIDTH, A, B)
-                    shift_a, shift_b = load_row(shift + taken * stride, WIDTH, A, B)
+                    factor_a, factor_b = load_table(factor, taken, stride, ONE_ENTRY, WIDTH, A, B, R)
+                    shift_a, shift_b = load_table(shift, taken, stride, ONE_ENTRY, WIDTH, A, B, R)
         if HAS_BIAS:
             a += bias_a
             b += bias_b
@@ -92,12 +96,12 @@ def _residual_norm(
             b *= gate_b
         a = (a + stream_a.to(tl.float32)).to(total.dtype.element_ty)
         b = (b + stream_b.to(tl.float32)).to(total.dtype.element_ty)
-        store_plain(total + row * WIDTH, a, b, WIDTH, A, B)
+        store_plain(total + row * WIDTH, WIDTH, left, a, b, WIDTH, A, B, R)
         if NORM:
-            normal_a, normal_b = normalise(a.to(tl.float32), b.to(tl.float32), eps, WIDTH, A, B)
+            normal_a, normal_b = normalise(a.to(tl.float32), b.to(tl.float32), eps, WIDTH, A, B, R)
             normal_a = normal_a * (factor_a + PLUS) + shift_a
             normal_b = normal_b * (factor_b + PLUS) + shift_b
-            store_row(normal_a, normal_b, out, scales, row, WIDTH, A, B, E4M3_MAX, LEAST, CODES)
+            store_rows(normal_a, normal_b, out, scales, row, left, E4M3_MAX, LEAST, CODES, WIDTH, A, B, R)
 
 
 def residual_norm(
@@ -115,7 +119,7 @@ def residual_norm(
     m = modulation
     result = None if m is None else to_write(residual, codes, residual.dtype)
     if tokens:
-        launch = launch or (LAUNCH if m is not None else PLAIN_LAUNCH)
+        launch = launch or launch_at(PLAIN_LAUNCHES if m is None else LAUNCHES, width)
         _residual_norm[launch.grid(tokens)](
             y, bias, gate, residual, total, index if m is None or m.index is None else m.index,
             None if m is None else m.factor, None if m is None else m.shift,
