@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import wan_runtime
 from tests.builders import files
 from tests.builders.wan import block_linears, state
 from tests.hosts.diffusers import checkpoint, error, run, transformer
+from wan_runtime import doubts
 from wan_runtime.errors import BackendUnavailable, CheckpointError, InvalidOption, WanRuntimeError
-from wan_runtime.linear import QuantLinear
+from wan_runtime.linear import QuantLinear, quantised_layers
 from wan_runtime.residents import COMPUTE_DTYPE
 from wan_runtime.swap import patched_state
 
@@ -173,3 +175,45 @@ def test_a_layer_that_does_not_fit_the_format_stays_and_says_so() -> None:
     assert set(kept) == {f"blocks.{n}.ffn.net.2" for n in (0, 1)}
     assert all("multiple of 16" in reason for reason in kept.values())
     assert run(model, torch.bfloat16).isfinite().all()
+
+
+class Asked(TorchDispatchMode):
+    """Counts the operators by which Python learns a value, each of which waits for a GPU that holds it."""
+
+    NAMES = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket._qualified_op_name in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("weights", ["fp8", "nvfp4"])
+def test_no_layer_is_waited_for_while_a_model_is_patched(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doubts, "MANY_ON_CPU", doubts.MANY)  # as on a GPU
+    model = transformer()
+    with Asked() as asked:
+        bool(torch.ones(1).all())
+        assert asked.count == 1  # it does see a question
+        wan_runtime.patch(model, weights=weights)
+    assert asked.count == 1
+
+
+def test_biases_are_settled_together_and_a_layer_alone_asks_for_itself() -> None:
+    model = transformer()
+    linear = model.get_submodule("blocks.0.attn1.to_q")
+    with torch.no_grad():
+        linear.bias.copy_(torch.randn(linear.out_features).bfloat16())
+    wan_runtime.patch(model)
+    short = {path: layer._short_bias for path, layer in quantised_layers(model)}
+    assert short.pop("blocks.0.attn1.to_q") is True and set(short.values()) == {False}
+    layer = model.get_submodule("blocks.0.attn1.to_q")
+    layer.load_state_dict(layer.state_dict())
+    assert layer._short_bias is None
+    layer._biased = layer._multiply  # what a product of codes has; a CPU has none
+    assert layer._adds_bias("cpu", torch.bfloat16) and layer._short_bias is True

@@ -99,12 +99,13 @@ def test_a_tile_of_rows_has_the_block_codes_of_single_rows(codes: Codes) -> None
     x[3] = 0
     table, bias = draw(3, 6, 416, seed=2), draw(416, seed=3)
     many = Modulation(table[:, 1], table[:, 0], EPS, index=mixed())
-    for make in (
+    kernels: tuple[Callable[[Launch], Rows | None], ...] = (
         lambda how: norm_modulate(x, many, codes, how),
         lambda how: residual_norm(x, bias, None, x, None, many, codes, launch=how)[1],
         lambda how: gelu_quantize(x, bias, codes, how),
         lambda how: attention_output(x, bias, None, codes, how),
-    ):
+    )
+    for make in kernels:
         alone, together = make(Launch(8)), make(Launch(8, tile=4))
         assert alone is not None and together is not None
         for name in ("values", "scale", "whole"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from wan_runtime.backends import backend_named
 from wan_runtime.checkpoint import Checkpoint
+from wan_runtime.doubts import Doubts
 from wan_runtime.errors import BadTensor, InvalidOption, NothingToPatch, UnaccountedTensors
 from wan_runtime.names import Spelling, from_original, noise_in
 from wan_runtime.plan import Decision, Options
@@ -52,14 +54,19 @@ def require_input_scales(checkpoint: Checkpoint | None, decisions: list[Decision
 
 
 def refuse_damaged(model: nn.Module, decisions: list[Decision]) -> None:
-    """Refuse weights that no scale can hold."""
+    """Refuse weights that no scale can hold. A GPU is asked once for them all."""
+    asked: dict[torch.device, Doubts] = {}
     for decision in decisions:
         if decision.action == "quantised":
             weight = model.get_submodule(decision.path).get_parameter("weight")
-            if not bool(torch.isfinite(weight).all()):
-                raise InvalidOption(
-                    f"{decision.path}.weight holds NaN or infinite values, which cannot be quantised."
-                )
+            doubts = asked.setdefault(weight.device, Doubts(weight.device))
+            doubts(~torch.isfinite(weight).all(), functools.partial(_damaged, decision.path))
+    for doubts in asked.values():
+        doubts.settle()
+
+
+def _damaged(path: str) -> InvalidOption:
+    return InvalidOption(f"{path}.weight holds NaN or infinite values, which cannot be quantised.")
 
 
 def check_fit(model: nn.Module, spelling: Spelling, checkpoint: Checkpoint) -> None:

@@ -96,7 +96,7 @@ class QuantLinear(nn.Linear):
         self.pair = replaces is not None and served(replaces)
         fp32 = None if bias is None else nn.Parameter(bias.to(torch.float32), requires_grad=False)
         self.register_parameter("bias", fp32)
-        self._short_bias = _is_bf16(fp32)
+        self._short_bias: bool | None = None  # not asked yet: see `settle_biases`
         _, around = corrections.split(format, slots)
         self.corrected = bool(
             around
@@ -144,7 +144,7 @@ class QuantLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._short_bias = _is_bf16(self.bias)
+        self._short_bias = None
         if f"{prefix}rotation" in state_dict and self._group is not None:
             self._group = int(state_dict[f"{prefix}rotation"].item())
         if (
@@ -181,12 +181,13 @@ class QuantLinear(nn.Linear):
 
     def _adds_bias(self, kind: str, dtype: torch.dtype) -> bool:
         """Whether the product itself adds the bias: it can, the bias is exactly bf16, and so is the answer."""
-        return (
-            self._biased is not None
-            and self._short_bias
-            and kind == self.planned_for
-            and dtype == torch.bfloat16
-        )
+        if self._biased is None or kind != self.planned_for or dtype != torch.bfloat16:
+            return False
+        if (
+            self._short_bias is None and not torch.compiler.is_compiling()
+        ):  # its graph must not hang on a value
+            settle_biases([self])
+        return bool(self._short_bias)
 
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
         # What `weight` reads as follows the host's dtype; the storage does not.
@@ -210,9 +211,21 @@ class QuantLinear(nn.Linear):
         )
 
 
-def _is_bf16(bias: torch.Tensor | None) -> bool:
-    """Whether every value of an fp32 bias is a bf16 number, so that a product may add it as one and lose nothing."""
-    return bias is not None and not bias.is_meta and torch.equal(bias, bias.to(torch.bfloat16).float())
+def settle_biases(layers: Iterable[QuantLinear]) -> None:
+    """Find whether every value of each layer's bias is a bf16 number, so that a product may add it as one and lose
+    nothing: one wait for the GPU for them all. A layer that was left out asks for itself in its first forward."""
+    asked: list[QuantLinear] = []
+    exact: list[torch.Tensor] = []
+    for layer in layers:
+        bias: torch.Tensor | None = layer.bias
+        layer._short_bias = False
+        if bias is not None and not bias.is_meta:
+            asked.append(layer)
+            exact.append((bias == bias.to(torch.bfloat16).float()).all())
+    for device in {answer.device for answer in exact}:
+        here = [n for n, answer in enumerate(exact) if answer.device == device]
+        for number, short in zip(here, torch.stack([exact[n] for n in here]).tolist(), strict=True):
+            asked[number]._short_bias = short
 
 
 def _result_dtype(input: torch.Tensor) -> torch.dtype:

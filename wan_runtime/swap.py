@@ -14,7 +14,7 @@ from torch import nn
 
 from wan_runtime.corrections import effective_weight
 from wan_runtime.errors import InvalidOption
-from wan_runtime.linear import QuantLinear, linear_size
+from wan_runtime.linear import QuantLinear, linear_size, quantised_layers, settle_biases
 from wan_runtime.obstacles import hook_on
 from wan_runtime.plan import Decision, bare
 from wan_runtime.residents import COMPUTE_DTYPE, become, restore
@@ -56,6 +56,7 @@ def execute(
         else:
             _fill(module, tensors, decision)
             become(module, decision.action)
+    settle_biases(layer for _, layer in quantised_layers(model))
     model.register_buffer(COMPUTE_DTYPE, torch.empty(0, dtype=dtype), persistent=False)
     return before
 
