@@ -15,7 +15,7 @@ from torch import nn
 from wan_runtime.errors import InvalidOption
 from wan_runtime.residents import Move, OwnDtype, become, kind_of, restore
 
-from . import Blocks, _carrying, _fused
+from . import Blocks, _carrying, _fused, _text
 from ._called import KEY, leaf, number
 from ._context import keys_values
 from ._modulation import distinct
@@ -151,6 +151,8 @@ def fuse(model: Any, kernels: str = "TRITON") -> list[str]:
         part = getattr(model, name)
         become(part, FusedTime)
         part.__dict__[MEMO] = (shared, last)
+    if isinstance(getattr(model, "text_embedding", None), nn.Sequential):
+        _text.fuse(model.text_embedding)
     said.update(why for block in model.blocks if (why := unfusable(block)) is not None)
     return notes(list(model.blocks), unfusable, _linears)
 
@@ -159,6 +161,7 @@ def unfuse(model: nn.Module) -> None:
     """Undo `fuse`."""
     for module in model.modules():
         module.__dict__.pop(KEY, None)
+        _text.unfuse(module)
         if module.__dict__.pop(MEMO, None) is not None and kind_of(module) in (*KINDS.values(), FusedTime):
             restore(module)
 

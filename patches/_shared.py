@@ -24,9 +24,13 @@ class Prompt:
         self.made: dict[int, list[KeysValues]] = {}
 
     def is_of(self, context: torch.Tensor) -> bool:
-        mine = self.context
-        same = (mine.shape, mine.dtype, mine.device) == (context.shape, context.dtype, context.device)
-        return same and torch.equal(mine, context)
+        return same(self.context, context)
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are alike in shape, dtype, device and every value."""
+    alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return alike and torch.equal(one, other)
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,7 @@ class Asked(TorchDispatchMode):
     NAMES = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
