@@ -38,9 +38,8 @@ class Leaf:
         return result
 
 
-def leaf(block: nn.Module, path: str) -> Any:
-    """A linear of a block by its path in it, as a forward should call it."""
-    module: Any = block.get_submodule(path)
+def leaf(block: nn.Module, path: str, module: Any) -> Any:
+    """A linear of a block, which is at a path in it, as a forward should call it."""
     if not torch.compiler.is_compiling() or not hasattr(module, "base_layer"):
         return module
     base = module.base_layer

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import _fused
 from ._modulation import rows_of
-from ._shared import Shared
+from ._shared import Modulation, Shared
 
 
 @dataclass(frozen=True)
@@ -49,30 +49,39 @@ def run(
     """
     batch, tokens, _ = stream.shape
     shared, number = place.shared, place.number
-    modulation, index = rows_of(own, steps, batch, tokens, shared)
     # Compiled there are no identities to tell a stream by, and in inference mode no versions.
     if torch.compiler.is_compiling() or stream.is_inference():
+        modulation, index = rows_of(own, steps, batch, tokens, shared)
         return _fused.forward(parts, stream, modulation, index, table, context, kernels)[0]
     shared.blocks[number] = place.block
-    rows = shared.take(number, stream, steps)
-    following = _following(place, stream, steps)
+    carried = shared.take(number, stream, steps)
+    modulation, index = rows_of(own, steps, batch, tokens, shared) if carried is None else carried.modulation
+    rows = None if carried is None else carried.rows
+    entrance = _following(place, stream)
+    following = after = None
+    if entrance is not None:
+        after = rows_of(entrance.own, steps, batch, tokens, shared)
+        following = _first_norm(entrance, after)
     result, rows = _fused.forward(
         parts, stream, modulation, index, table, context, kernels, rows=rows, following=following
     )
-    shared.carry(number + 1, result, steps, rows)
+    if after is not None:
+        shared.carry(number + 1, result, steps, after, rows)
     return result
 
 
-def _following(place: Place, stream: torch.Tensor, steps: torch.Tensor) -> _fused.Following | None:
-    """The first norm of the next block, where it is on the fused forward, here, and was given our stream before."""
-    from wan_runtime.kernels.norm_modulate import Modulation
-
+def _following(place: Place, stream: torch.Tensor) -> Entrance | None:
+    """How the next block begins, where it is on the fused forward, here, and was given our stream before."""
     shared, number = place.shared, place.number + 1
     block = shared.blocks.get(number)
     entrance = None if block is None or number in shared.unwanted else place.entrance(block)
-    if entrance is None or entrance.own.device != stream.device:
-        return None
-    batch, tokens, _ = stream.shape
-    modulation, index = rows_of(entrance.own, steps, batch, tokens, shared)
-    norm1 = Modulation(modulation[:, 1], modulation[:, 0], entrance.eps, index=index)
+    return None if entrance is None or entrance.own.device != stream.device else entrance
+
+
+def _first_norm(entrance: Entrance, made: Modulation) -> _fused.Following:
+    """A block's first norm under its modulation."""
+    from wan_runtime.kernels import norm_modulate
+
+    modulation, index = made
+    norm1 = norm_modulate.Modulation(modulation[:, 1], modulation[:, 0], entrance.eps, index=index)
     return _fused.Following(norm1, _fused.coded_input(entrance.self_attention))

@@ -97,7 +97,8 @@ def takes_codes(module: nn.Module) -> Codes:
         and not module.static
         and not module.corrected
         and not module.pair
-        and module.planned_for == module.get_parameter("payload").device.type
+        and (payload := module._parameters["payload"]) is not None
+        and module.planned_for == payload.device.type
         and module.coded is not None
         and hooked(module) is None
     ):
@@ -113,8 +114,11 @@ def common_codes(*modules: nn.Module) -> Codes:
 
 def hooked(module: nn.Module) -> str | None:
     """What would be missed by reading a module's tensors instead of calling it, in words; None where nothing would."""
-    registry = getattr(module, "_diffusers_hook", None)
-    if getattr(module, "_hf_hook", None) is not None:
+    own = (
+        module.__dict__
+    )  # a module's getattr of what is not there costs an exception, and this is asked often
+    registry = own.get("_diffusers_hook")
+    if own.get("_hf_hook") is not None:
         return "an accelerate hook"
     if registry is not None and registry.hooks:
         return "a diffusers hook"
@@ -147,7 +151,9 @@ def keys_and_values(
 
 def weight_of(norm: nn.Module) -> torch.Tensor:
     """A norm's weight in fp32."""
-    return norm.get_parameter("weight").detach().float()
+    weight: Any = norm.weight
+    fp32: torch.Tensor = weight.detach().float()
+    return fp32
 
 
 def eps_of(norm: nn.Module) -> float:

@@ -36,9 +36,9 @@ def rows_of(own: torch.Tensor, steps: torch.Tensor, batch: int, tokens: int, sha
         steps = steps[:, 0]
     if steps.ndim == 3:
         if len(steps) == 1:
-            return own + steps.float(), None
+            return own + shared.in_fp32(steps), None
         index = torch.arange(batch, dtype=torch.int32, device=steps.device).repeat_interleave(tokens)
-        return own + steps.float(), index
+        return own + shared.in_fp32(steps), index
     if torch.compiler.is_compiling():
         rows = steps.expand(batch, -1, -1, -1).flatten(0, 1)
         return own + rows.float(), torch.arange(len(rows), dtype=torch.int32, device=steps.device)
@@ -48,5 +48,5 @@ def rows_of(own: torch.Tensor, steps: torch.Tensor, batch: int, tokens: int, sha
         known = shared.steps = (steps, steps.flatten(0, 1)[at], index)
     _, rows, index = known
     if len(rows) == 1:
-        return own + rows.float(), None
-    return own + rows.float(), index if len(index) == batch * tokens else index.repeat(batch)
+        return own + shared.in_fp32(rows), None
+    return own + shared.in_fp32(rows), index if len(index) == batch * tokens else index.repeat(batch)

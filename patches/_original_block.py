@@ -228,29 +228,51 @@ def _entrance(block: Any) -> _carrying.Entrance | None:
     """How a block begins that will run fused on the stream of the one before it."""
     if unfusable(block) is not None:
         return None
-    attention = _parts(block, 0, block.__dict__[MEMO]).self_attention
+    attention = _self_attention(block, 0, block.__dict__[MEMO])
     return _carrying.Entrance(block.modulation, attention, block.norm1.eps)
 
 
+def _self_attention(block: Any, tokens: int, memo: Memo) -> _fused.SelfAttention:
+    one = block.self_attn
+    norm_q, norm_k, heads, attending = one.norm_q, one.norm_k, one.num_heads, attending_of(one)
+    coded = attending.coded(norm_q, norm_k, heads, tokens, memo.shared, memo.number)
+    return _fused.SelfAttention(
+        *_leaves(block, "self_attn", one), norm_q, norm_k, heads, attending.attend, coded
+    )
+
+
+def _leaves(block: Any, name: str, part: Any) -> tuple[Any, Any, Any, Any]:
+    """An attention's q, k, v and output projections."""
+    return (
+        leaf(block, f"{name}.q", part.q),
+        leaf(block, f"{name}.k", part.k),
+        leaf(block, f"{name}.v", part.v),
+        leaf(block, f"{name}.o", part.o),
+    )
+
+
 def _parts(block: Any, tokens: int, memo: Memo) -> _fused.Block:
-    one, two = block.self_attn, block.cross_attn
-    mine, other = attending_of(one), attending_of(two)
-    coded = mine.coded(one.norm_q, one.norm_k, one.num_heads, tokens, memo.shared, memo.number)
-    q, k, v, o = (leaf(block, f"self_attn.{name}") for name in "qkvo")
-    other_q, other_k, other_v, other_o = (leaf(block, f"cross_attn.{name}") for name in "qkvo")
+    two = block.cross_attn
     image = None
     if has_image(two):
-        image = (leaf(block, "cross_attn.k_img"), leaf(block, "cross_attn.v_img"), two.norm_k_img)
+        image = (
+            leaf(block, "cross_attn.k_img", two.k_img),
+            leaf(block, "cross_attn.v_img", two.v_img),
+            two.norm_k_img,
+        )
     return _fused.Block(
-        self_attention=_fused.SelfAttention(
-            q, k, v, o, one.norm_q, one.norm_k, one.num_heads, mine.attend, coded
-        ),
+        self_attention=_self_attention(block, tokens, memo),
         cross_attention=_fused.CrossAttention(
-            other_q, other_k, other_v, other_o, two.norm_q, two.norm_k, two.num_heads, other.attend, image
+            *_leaves(block, "cross_attn", two),
+            two.norm_q,
+            two.norm_k,
+            two.num_heads,
+            attending_of(two).attend,
+            image,
         ),
         norm2=block.norm3 if isinstance(block.norm3, nn.LayerNorm) else None,
-        up=leaf(block, "ffn.0"),
-        down=leaf(block, "ffn.2"),
+        up=leaf(block, "ffn.0", block.ffn[0]),
+        down=leaf(block, "ffn.2", block.ffn[2]),
         eps1=block.norm1.eps,
         eps3=block.norm2.eps,
     )

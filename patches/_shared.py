@@ -12,6 +12,7 @@ from torch import nn
 
 from ._fused import KeysValues
 
+Modulation = tuple[torch.Tensor, torch.Tensor | None]  # what _modulation.rows_of gives
 Folded = tuple[torch.Tensor, torch.Tensor]  # what norm_rope.bounded gives
 PROMPTS = 2  # a guided step asks for two: the prompt and the negative prompt
 
@@ -35,11 +36,13 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Carried:
-    """What a block has made for the one after it: `rows`, of the stream it gave, under the modulation of `temb`."""
+    """What a block has made for the one after it: its `modulation` of `temb`, and `rows`, of the stream that the block
+    gave, under that."""
 
     stream: torch.Tensor
     version: int
     temb: torch.Tensor
+    modulation: Modulation
     rows: Any
 
     def is_for(self, stream: torch.Tensor, temb: torch.Tensor) -> bool:
@@ -57,6 +60,7 @@ class Shared:
     carried  what a block has made for the block of a number; `unwanted` are the numbers whose block was then given
              another stream (a host may add to it, or leave blocks out), for which none is made again.
     steps    the distinct timesteps' modulation of this forward, where the host expands it to every token.
+    cast     this forward's modulation, its version, and the same in fp32.
     """
 
     def __init__(self) -> None:
@@ -72,28 +76,40 @@ class Shared:
         self.carried: dict[int, Carried] = {}
         self.unwanted: set[int] = set()
         self.steps: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.cast: tuple[torch.Tensor, int, torch.Tensor] | None = None
 
     def begin(self) -> None:
         """A forward begins: what was known by identity alone is no longer."""
         self.current = None
         self.steps = None
+        self.cast = None
         self.unwanted |= self.carried.keys()
         self.carried = {}
 
-    def take(self, number: int, stream: torch.Tensor, temb: torch.Tensor) -> Any:
-        """The rows carried to a block, or None where there are none for what it was given."""
+    def in_fp32(self, steps: torch.Tensor) -> torch.Tensor:
+        """This forward's modulation in fp32, cast once for all blocks."""
+        # Compiled there are no identities to tell it by, and in inference mode no versions.
+        if steps.dtype == torch.float32 or torch.compiler.is_compiling() or steps.is_inference():
+            return steps.float()
+        if self.cast is None or self.cast[0] is not steps or self.cast[1] != steps._version:
+            self.cast = (steps, steps._version, steps.float())
+        return self.cast[2]
+
+    def take(self, number: int, stream: torch.Tensor, temb: torch.Tensor) -> Carried | None:
+        """What was carried to a block, or None where there is nothing for what it was given."""
         carried = self.carried.pop(number, None)
         if carried is None:
             return None
         if carried.is_for(stream, temb):
-            return carried.rows
+            return carried
         self.unwanted.add(number)
         return None
 
-    def carry(self, number: int, stream: torch.Tensor, temb: torch.Tensor, rows: Any) -> None:
+    def carry(
+        self, number: int, stream: torch.Tensor, temb: torch.Tensor, modulation: Modulation, rows: Any
+    ) -> None:
         """Keep rows of `stream` for the block of a number."""
-        if rows is not None:
-            self.carried[number] = Carried(stream, stream._version, temb, rows)
+        self.carried[number] = Carried(stream, stream._version, temb, modulation, rows)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

@@ -22,7 +22,6 @@ from ._context import keys_values
 from ._shared import Shared
 from ._unfusable import notes, obstacle, traced
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CLASSES = ("WanTransformerBlock", "WanVACETransformerBlock")
 MEMO = (
     "_wan_runtime_fused"  # of a fused block: (what the model's blocks share, the block's number, its kernels)
@@ -191,28 +190,44 @@ def _entrance(block: Any) -> _carrying.Entrance | None:
     if hasattr(block, "proj_in") or unfusable(block) is not None:
         return None
     shared, at, _ = block.__dict__[MEMO]
-    attention = _parts(block, 0, shared, at).self_attention
+    attention = _self_attention(block, 0, shared, at)
     return _carrying.Entrance(block.scale_shift_table, attention, block.norm1.eps)
 
 
+def _self_attention(block: Any, tokens: int, shared: Shared, at: int) -> _fused.SelfAttention:
+    one = block.attn1
+    norm_q, norm_k, heads, processor = one.norm_q, one.norm_k, one.heads, one.processor
+    coded = processor.coded(norm_q, norm_k, heads, tokens, shared, at)
+    return _fused.SelfAttention(*_leaves(block, "attn1", one), norm_q, norm_k, heads, processor.attend, coded)
+
+
+def _leaves(block: Any, name: str, part: Any) -> tuple[Any, Any, Any, Any]:
+    """An attention's q, k, v and output projections."""
+    return (
+        leaf(block, f"{name}.to_q", part.to_q),
+        leaf(block, f"{name}.to_k", part.to_k),
+        leaf(block, f"{name}.to_v", part.to_v),
+        leaf(block, f"{name}.to_out.0", part.to_out[0]),
+    )
+
+
 def _parts(block: Any, tokens: int, shared: Shared, at: int) -> _fused.Block:
-    one, two = block.attn1, block.attn2
-    q, k, v, o = (leaf(block, f"attn1.{name}") for name in ATTENTION)
-    other_q, other_k, other_v, other_o = (leaf(block, f"attn2.{name}") for name in ATTENTION)
+    two, net = block.attn2, block.ffn.net
     image = None
     if two.add_k_proj is not None:
-        image = (leaf(block, "attn2.add_k_proj"), leaf(block, "attn2.add_v_proj"), two.norm_added_k)
+        image = (
+            leaf(block, "attn2.add_k_proj", two.add_k_proj),
+            leaf(block, "attn2.add_v_proj", two.add_v_proj),
+            two.norm_added_k,
+        )
     return _fused.Block(
-        self_attention=_fused.SelfAttention(
-            q, k, v, o, one.norm_q, one.norm_k, one.heads, one.processor.attend,
-            one.processor.coded(one.norm_q, one.norm_k, one.heads, tokens, shared, at),
-        ),
+        self_attention=_self_attention(block, tokens, shared, at),
         cross_attention=_fused.CrossAttention(
-            other_q, other_k, other_v, other_o, two.norm_q, two.norm_k, two.heads, two.processor.attend, image
+            *_leaves(block, "attn2", two), two.norm_q, two.norm_k, two.heads, two.processor.attend, image
         ),
         norm2=block.norm2 if isinstance(block.norm2, nn.LayerNorm) else None,
-        up=leaf(block, "ffn.net.0.proj"),
-        down=leaf(block, "ffn.net.2"),
+        up=leaf(block, "ffn.net.0.proj", net[0].proj),
+        down=leaf(block, "ffn.net.2", net[2]),
         eps1=block.norm1.eps,
         eps3=block.norm3.eps,
     )  # fmt: skip

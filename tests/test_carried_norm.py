@@ -16,7 +16,8 @@ import wan_runtime
 from tests.builders.wan import Sizes
 from tests.hosts.diffusers import error, inputs, transformer
 from wan_runtime.kernels import fused
-from wan_runtime.patches import _wan_block
+from wan_runtime.patches import _carrying, _wan_block
+from wan_runtime.patches._shared import Shared
 
 EXACT = 2e-5  # fp32 sums in another order
 DEEP = Sizes(layers=3)
@@ -98,3 +99,34 @@ def test_inference_mode_carries_nothing(norms: list[int]) -> None:
         for seed in (1, 2):
             norms.clear()
             assert error(run(twin, seed), run(host, seed)) < EXACT and len(norms) == DEEP.layers
+
+
+def test_modulation_is_cast_once_a_forward_and_again_where_it_was_written_into() -> None:
+    shared, steps = Shared(), torch.randn(1, 6, 8, dtype=torch.bfloat16)
+    cast = shared.in_fp32(steps)
+    assert torch.equal(cast, steps.float()) and shared.in_fp32(steps) is cast
+    steps.mul_(2)
+    assert torch.equal(shared.in_fp32(steps), steps.float())
+    shared.begin()
+    steps.data.mul_(2)  # which torch's count of writes does not tell, and the next forward does not need
+    assert torch.equal(shared.in_fp32(steps), steps.float())
+    with torch.inference_mode():
+        steps = torch.randn(1, 6, 8, dtype=torch.bfloat16)
+        assert torch.equal(shared.in_fp32(steps), steps.float())
+        steps.mul_(2)
+        assert torch.equal(shared.in_fp32(steps), steps.float())
+
+
+def test_each_blocks_modulation_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, twin = pair()
+    run(twin)
+    made = []
+    rows_of = _carrying.rows_of
+
+    def counted(own: torch.Tensor, *rest: Any) -> Any:
+        made.append(id(own))
+        return rows_of(own, *rest)
+
+    monkeypatch.setattr(_carrying, "rows_of", counted)
+    run(twin, 1)
+    assert len(made) == len(set(made)) == DEEP.layers

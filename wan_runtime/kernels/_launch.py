@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,36 +32,40 @@ class Launch:
 
     def grid(self, tokens: int) -> tuple[int]:
         """The programs for so many tokens."""
-        return (triton.cdiv(tokens, self.rows),)
+        return (-(-tokens // self.rows),)
 
-    def constants(self, width: int, read: int) -> dict[str, int | None]:
+    def constants(self, width: int, read: int) -> Mapping[str, int | None]:
         """What a kernel is compiled for, of rows for which `read` bytes an element are read.
 
         A row is held in two parts, powers of two as Triton wants them: 5120 is 4096 and 1024, where one part would be
         8192 and do 1.6 times the work.
         """
-        a, rest = first_part(width)
-        return self._constants(width, read, {"A": a, "B": triton.next_power_of_2(rest)})
+        return _constants(self, width, read, False)
 
-    def constants_of_three(self, width: int, read: int) -> dict[str, int | None]:
+    def constants_of_three(self, width: int, read: int) -> Mapping[str, int | None]:
         """The same in three parts, for wide rows that do much with each value: 13824 is 8192, 4096 and 2048."""
-        a, rest = first_part(width)
-        b, rest = first_part(rest)
-        return self._constants(width, read, {"A": a, "B": b, "C": triton.next_power_of_2(rest)})
+        return _constants(self, width, read, True)
 
-    def _constants(self, width: int, read: int, parts: dict[str, int]) -> dict[str, int | None]:
-        # The tile that is worked on is in registers, and passes through shared memory in fp32 where it is of many rows.
-        free = SHARED - (self.tile * parts["A"] * 4 if self.tile > 1 else 0)
-        ahead = max(free, 0) // (sum(parts.values()) * read * self.tile)
-        warps = max(triton.next_power_of_2(width) * self.tile // 256, 1)
-        return {
-            **parts,
-            "WIDTH": width,
-            "R": self.tile,
-            "STAGES": min(ahead + 1, self.stages),
-            "num_warps": min(warps, self.warps),
-            "maxnreg": self.registers,
-        }
+
+@functools.cache  # it is asked at every launch
+def _constants(launch: Launch, width: int, read: int, three: bool) -> Mapping[str, int | None]:
+    a, rest = first_part(width)
+    parts = {"A": a}
+    if three:
+        parts["B"], rest = first_part(rest)
+    parts["C" if three else "B"] = triton.next_power_of_2(rest)
+    # The tile that is worked on is in registers, and passes through shared memory in fp32 where it is of many rows.
+    free = SHARED - (launch.tile * a * 4 if launch.tile > 1 else 0)
+    ahead = max(free, 0) // (sum(parts.values()) * read * launch.tile)
+    warps = max(triton.next_power_of_2(width) * launch.tile // 256, 1)
+    return {
+        **parts,
+        "WIDTH": width,
+        "R": launch.tile,
+        "STAGES": min(ahead + 1, launch.stages),
+        "num_warps": min(warps, launch.warps),
+        "maxnreg": launch.registers,
+    }
 
 
 def launch_at(measured: Mapping[int, Launch], width: int) -> Launch:
