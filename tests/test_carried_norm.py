@@ -16,7 +16,7 @@ import wan_runtime
 from tests.builders.wan import Sizes
 from tests.hosts.diffusers import error, inputs, transformer
 from wan_runtime.kernels import fused
-from wan_runtime.patches import _carrying, _wan_block
+from wan_runtime.patches import _carrying, _modulation, _wan_block
 from wan_runtime.patches._shared import Shared
 
 EXACT = 2e-5  # fp32 sums in another order
@@ -121,7 +121,7 @@ def test_each_blocks_modulation_is_made_once(monkeypatch: pytest.MonkeyPatch) ->
     _, twin = pair()
     run(twin)
     made = []
-    rows_of = _carrying.rows_of
+    rows_of = _modulation.rows_of
 
     def counted(own: torch.Tensor, *rest: Any) -> Any:
         made.append(id(own))

@@ -15,7 +15,8 @@ from wan_runtime.dialects._swizzle import padded, unswizzle
 from wan_runtime.formats import FORMATS
 from wan_runtime.kernels import ops
 from wan_runtime.kernels._codes import Codes
-from wan_runtime.kernels._rows import Rows, first_part
+from wan_runtime.kernels._launch import first_part
+from wan_runtime.kernels._rows import Rows
 from wan_runtime.kernels.attention_output import attention_output, attention_output_torch
 from wan_runtime.kernels.gelu_quantize import gelu_quantize, gelu_quantize_torch
 from wan_runtime.kernels.norm_modulate import Modulation, norm_modulate, norm_modulate_torch

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import triton
 
+from wan_runtime.formats._mx import BLOCK
+
 SHARED = 96 * 1024  # bytes of shared memory that a program has on every GPU with FP8 products
 
 
@@ -49,11 +51,11 @@ class Launch:
 
 @functools.cache  # it is asked at every launch
 def _constants(launch: Launch, width: int, read: int, three: bool) -> Mapping[str, int | None]:
-    a, rest = first_part(width)
+    a, rest = (width // 2, width // 2) if three and width <= BLOCK else first_part(width)
     parts = {"A": a}
     if three:
         parts["B"], rest = first_part(rest)
-    parts["C" if three else "B"] = triton.next_power_of_2(rest)
+    parts["C" if three else "B"] = triton.next_power_of_2(rest or BLOCK)
     # The tile that is worked on is in registers, and passes through shared memory in fp32 where it is of many rows.
     free = SHARED - (launch.tile * a * 4 if launch.tile > 1 else 0)
     ahead = max(free, 0) // (sum(parts.values()) * read * launch.tile)
@@ -76,6 +78,8 @@ def launch_at(measured: Mapping[int, Launch], width: int) -> Launch:
 
 
 def first_part(width: int) -> tuple[int, int]:
-    """The largest power of two below a width of at least 2, and what is left."""
+    """The largest power of two below a width of at least 2, and what is left; one block of 32 stays whole."""
+    if width == BLOCK:
+        return width, 0
     part = 1 << ((width - 1).bit_length() - 1)
     return part, width - part
