@@ -34,6 +34,7 @@ def alone(*arguments: str) -> str:
     return run.stdout
 
 
+@pytest.mark.long
 def test_the_benchmark_measures_and_a_load_takes_no_memory_for_the_weights(tmp_path: Path) -> None:
     """On the CPU, in a process of its own: less than half the file is the host's own memory at the peak (its fp32
     residents are a sixth), though every weight was checked."""

@@ -51,6 +51,9 @@ _WRITES = frozenset(
 )  # fmt: skip
 _ALIASES = frozenset({torch.Tensor.data.__get__, torch.Tensor.detach})  # type: ignore[attr-defined]
 
+# Asked once, here: torch 2.11's compiler does not know the question, and would break its graph in a forward.
+AUTOCASTS = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+
 
 class QuantLinear(nn.Linear):
     """A Linear that holds its weight quantised.
@@ -231,15 +234,9 @@ def settle_biases(layers: Iterable[QuantLinear]) -> None:
 def _result_dtype(input: torch.Tensor) -> torch.dtype:
     """The dtype an nn.Linear would answer in: autocast's where it is on, else the input's."""
     kind = input.device.type
-    if _autocasts(kind) and torch.is_autocast_enabled(kind):
+    if kind in AUTOCASTS and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return input.dtype
-
-
-# torch 2.11's compiler does not know the question, and would break its graph there.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _autocasts(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:

@@ -108,7 +108,7 @@ def bounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_server_refuses_what_would_not_fit_and_makes_what_does(bounded: Server) -> None:
     large = {**QUICK, "prompt": "a red circle", "width": 128, "height": 128, "num_frames": 33}
     refused = httpx.post(f"{bounded.url}/v1/videos", json=large, timeout=30)

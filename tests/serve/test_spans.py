@@ -183,6 +183,7 @@ def complaints(server: Server) -> list[str]:
     return [line for line in lines if "/v1/traces" in line or "opentelemetry" in line or "Traceback" in line]
 
 
+@pytest.mark.long
 def test_a_job_keeps_its_trace_over_a_restart_and_the_last_spans_are_sent_at_the_end(traced: Traced) -> None:
     with traced.client() as client:
         headers = {"traceparent": TRACEPARENT}
