@@ -48,17 +48,26 @@ sys.exit(0)
 """
 
 
-def test_run_fails_where_a_script_says_that_all_went_well(root: Path, tmp_path: Path) -> None:
-    """Nothing patched, and one file for two experts: both would otherwise be a wrong clip with exit status 0."""
-    (tmp_path / "two.py").write_text(TWO)
-    cli = ("-m", "wan_runtime.cli", "run")
-    done = python(root, *cli, "--", tmp_path / "two.py")
+def run(root: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return python(root, "-m", "wan_runtime.cli", "run", *arguments)
+
+
+def test_run_fails_where_a_script_loads_nothing_to_patch(root: Path, tmp_path: Path) -> None:
+    """It would otherwise be a clip of unquantised weights with exit status 0."""
+    (tmp_path / "none.py").write_text(TWO)
+    done = run(root, "--", tmp_path / "none.py")
     assert done.returncode != 0 and "ended without loading a WAN model" in done.stderr
+
+
+@pytest.mark.long
+def test_run_fails_where_one_file_is_given_for_two_experts(root: Path, tmp_path: Path) -> None:
+    """It would otherwise be a wrong clip with exit status 0."""
+    (tmp_path / "two.py").write_text(TWO)
     high = checkpoint(tmp_path / "high.safetensors")
-    script = (tmp_path / "two.py", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    done = python(root, *cli, "--checkpoint", high, "--weights", "fp8", "--", *script)
+    options = ("--checkpoint", high, "--weights", "fp8", "--", tmp_path / "two.py")
+    done = run(root, *options, tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert done.returncode != 0 and "--checkpoint-low" in done.stderr
-    done = python(root, *cli, "--checkpoint", high, "--weights", "fp8", "--", *script[:2])
+    done = run(root, *options, tmp_path / "a.safetensors")
     assert done.returncode == 0, done.stderr
 
 

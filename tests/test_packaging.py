@@ -151,7 +151,9 @@ def test_the_installed_wheel_run_inside_the_checkout(installed: Path, source: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mode", [(), ("--config-settings", "editable_mode=strict")], ids=["default", "strict"]
+    "mode",
+    [(), pytest.param(("--config-settings", "editable_mode=strict"), marks=pytest.mark.long)],
+    ids=["default", "strict"],
 )
 def test_an_editable_install(source: Path, tmp_path: Path, mode: tuple[str, ...]) -> None:
     copy = tmp_path / "checkout"

@@ -37,7 +37,7 @@ def train(root: Path, *options: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_run_trains_scores_and_leaves_all_that_another_goes_on_from(root: Path, tmp_path: Path) -> None:
     out, left = tmp_path / "out", tmp_path / "left"
     said = train(root, "all", "--out", str(out), "--parts", str(left), *SMALL)

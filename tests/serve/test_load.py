@@ -19,7 +19,7 @@ CROWD = (
 FAST = () if SOAK else ("--rounds", "1", "--seconds", "3", "--waiting", "4", "--size", "64x64")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_crowd_is_answered_while_a_job_runs(root: Path) -> None:
     """Nobody is turned away or cut off, and every reader hears of steps. Times are the benchmark's to tell: here other
     tests have the same cores."""

@@ -127,7 +127,7 @@ def test_a_server_refuses_what_would_not_fit_and_makes_what_does(bounded: Server
     assert bounded.get("/v1/models/wan-tiny").json()["memory"] == {"rest": 0, "room": None}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_but_json_is_logged_while_memory_is_counted(bounded: Server) -> None:
     lines = [json.loads(line) for line in bounded.log.read_text().splitlines()]
     assert any("is ready" in line["message"] or "ready: " in line["message"] for line in lines)
