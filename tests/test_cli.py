@@ -268,6 +268,7 @@ def test_generate_writes_the_clip_that_a_converted_file_makes(tmp_path: Path) ->
 SCRIPT = "import sys; print(__name__, sys.argv[1:]); sys.exit(int(sys.argv[-1]))"
 
 
+@pytest.mark.long
 def test_run_gives_a_script_its_own_arguments_and_status(tmp_path: Path, command: Command) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

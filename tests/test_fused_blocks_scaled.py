@@ -101,7 +101,7 @@ def values_of(rows: Rows, codes: Codes, width: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "tokens", "width"),
     [
-        (name, *shape)
+        pytest.param(name, *shape, marks=[pytest.mark.long] if shape[0] >= 128 else [])
         for name in NAMES
         for shape in SHAPES
         # The interpreter is slow, and every kernel writes many tokens alike; a row of GELU's has three parts.

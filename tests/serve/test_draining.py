@@ -10,7 +10,7 @@ import pytest
 
 from tests.serve.conftest import QUICK, running, wait_for
 
-pytestmark = [pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"), pytest.mark.slow]
+pytestmark = [pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"), pytest.mark.long]
 PROMPT = "a small purple circle moving up on a green background"
 
 

@@ -50,7 +50,7 @@ def test_a_line_has_the_ids_of_what_it_is_about(
     assert "request_id" not in failed and "ValueError: out of range" in failed["exc_info"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_is_followed_from_its_request_to_its_end(tmp_path: Path) -> None:
     with running(tmp_path, "--log-format", "json") as server:
         server.wait_ready()

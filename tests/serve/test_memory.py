@@ -54,7 +54,7 @@ def peak(pipe: Any, size: Size) -> int:
     return max(total for _, total, _ in seen) - (total - change)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("size", [(64, 64, 33), (128, 128, 13)])
 def test_sizes_that_were_not_counted_take_what_is_predicted(pipe: Any, memory: Memory, size: Size) -> None:
     # twice to six times the pixels of the largest clip that was decoded to learn from

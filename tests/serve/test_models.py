@@ -55,6 +55,7 @@ def create(client: openai.OpenAI, model: str | None, **fields: Any) -> Video:
     return client.videos.create(prompt=PROMPT, extra_body=body, **picture)  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_once_ready_each_has_been_loaded_and_the_first_is_held(both: Server) -> None:
     told = models(both)
     assert list(told) == ["words", "pictures"]
@@ -68,6 +69,7 @@ def test_once_ready_each_has_been_loaded_and_the_first_is_held(both: Server) -> 
     assert both.get("/v1/models/others").status_code == 404
 
 
+@pytest.mark.long
 def test_jobs_run_in_their_order_and_the_worker_changes_between_them(both: Server) -> None:
     with both.client() as client:
         worker = both.worker()
@@ -99,6 +101,7 @@ def test_jobs_run_in_their_order_and_the_worker_changes_between_them(both: Serve
         assert both.get("/readyz").json() == {"ready": True, "phase": "ready", "model": "words"}
 
 
+@pytest.mark.long
 def test_a_waiting_job_is_told_that_its_model_is_being_loaded(both: Server) -> None:
     with both.client() as client:
         held = both.get("/readyz").json()["model"]
@@ -111,6 +114,7 @@ def test_a_waiting_job_is_told_that_its_model_is_being_loaded(both: Server) -> N
         assert "loading" in {told.get("phase") for told in data}
 
 
+@pytest.mark.long
 def test_each_model_has_its_own_limits(both: Server) -> None:
     with both.client() as client:
         for model, code in (("pictures", "input_reference_required"), ("words", "lora_not_found")):

@@ -177,6 +177,7 @@ def test_a_phone_shows_everything_in_its_width(browser: Browser, server: Server)
         assert page.evaluate("document.documentElement.scrollWidth") == 360
 
 
+@pytest.mark.long
 def test_with_keys_the_page_asks_for_one_and_shows_the_keys_own_clips(
     browser: Browser, tmp_path: Path
 ) -> None:
