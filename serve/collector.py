@@ -17,8 +17,6 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 
 import wan_runtime
 
-from .otlp import PATH
-
 log = logging.getLogger("wan_serve")
 # Who says that spans are not delivered, again and again: the exporter, and the queue that overflows behind it.
 COMPLAINERS = (OTLPSpanExporter.__module__, "opentelemetry.sdk._shared_internal")
@@ -64,8 +62,8 @@ class _Exporter(SpanExporter):
         self._exporter.shutdown()
 
 
-def open_provider(endpoint: str) -> TracerProvider:
-    """What makes spans, and sends them to the collector at `endpoint`.
+def open_provider(url: str) -> TracerProvider:
+    """What makes spans, and posts them to a collector at `url`.
 
     Raises ValueError or RuntimeError where OpenTelemetry cannot take what one of its variables in the environment says.
     """
@@ -74,5 +72,5 @@ def open_provider(endpoint: str) -> TracerProvider:
         {"service.name": "wan-serve", "service.version": wan_runtime.__version__, **given}
     )
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # it would wait for 30 s
-    provider.add_span_processor(BatchSpanProcessor(_Exporter(endpoint.rstrip("/") + PATH)))
+    provider.add_span_processor(BatchSpanProcessor(_Exporter(url)))
     return provider

@@ -15,7 +15,6 @@ from wan_runtime import InvalidRequest
 from . import pictures
 from .counters import Counters
 from .inputs import read_kept
-from .measuring import GpuMeter, parts_told
 from .memory import GIB, Memory, clip_bytes
 from .previews import Map, Previews
 from .storage import Storage
@@ -57,8 +56,8 @@ class Outcome:
 def make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mapping[str, Any]) -> Outcome:
     """Makes one job's files, whole or not at all. All its memory is free again when this returns."""
     try:
-        with _weighed(bench, asked) as memory:
-            size = _make(bench, job_id, asked, made_with)
+        size = _make(bench, job_id, asked, made_with)
+        memory = _weighed(bench, asked)
         outcome = Outcome("done", {"size": size, "memory": memory})
         told = ", ".join(f"{count / GIB:.2f} GiB {what}" for what, count in memory.items())
         log.info("%s is done%s", job_id, f" (memory beside the weights: {told})" if told else "")
@@ -97,20 +96,19 @@ def free(pipe: Any) -> None:
         torch.cuda.empty_cache()
 
 
-@contextlib.contextmanager
-def _weighed(bench: Bench, asked: Mapping[str, Any]) -> Iterator[dict[str, float]]:
-    """What the clip made within is `predicted` to take, and on a GPU its `peak`, in bytes beside the weights."""
+def _weighed(bench: Bench, asked: Mapping[str, Any]) -> dict[str, float]:
+    """What the clip just made was `predicted` to take, and on a GPU its `peak`, in bytes beside the weights."""
+    import torch
+
     import wan_runtime
 
-    told: dict[str, float] = {}
+    if bench.memory is None:
+        return {}
+    told: dict[str, float] = {"predicted": clip_bytes(bench.memory, wan_runtime.ClipRequest(**asked))}
     device = bench.pipe.vae.device
-    meter = GpuMeter(device) if bench.memory is not None and device.type == "cuda" else None
-    with parts_told(bench.pipe, meter) if meter is not None else contextlib.nullcontext():
-        yield told
-    if bench.memory is not None:
-        told["predicted"] = clip_bytes(bench.memory, wan_runtime.ClipRequest(**asked))
-    if bench.memory is not None and meter is not None:
-        told["peak"] = max(meter.take().values()) + meter.rest - bench.memory.rest
+    if device.type == "cuda":  # its peak began anew with the job, in `_make`
+        told["peak"] = torch.cuda.max_memory_allocated(device) - bench.memory.rest
+    return told
 
 
 def _make(bench: Bench, job_id: str, asked: Mapping[str, Any], made_with: Mapping[str, Any]) -> int:

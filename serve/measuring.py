@@ -29,7 +29,7 @@ class Meter(Protocol):
 class GpuMeter:
     """The peaks of one kind of bytes (`allocated_bytes` as they are, `requested_bytes` before rounding) on one GPU."""
 
-    def __init__(self, device: Any, kind: str = "allocated_bytes") -> None:
+    def __init__(self, device: Any, kind: str) -> None:
         import torch
 
         self._stats = torch.cuda.memory_stats

@@ -1,10 +1,15 @@
-"""Whether spans could be sent to an address, found out before anything is opened."""
+"""Where spans are sent at a collector's address, and whether they could be, found out before anything is opened."""
 
 from __future__ import annotations
 
 import urllib.parse
 
 PATH = "/v1/traces"  # which OTLP over HTTP adds to a collector's address
+
+
+def traces_url(endpoint: str) -> str:
+    """Where the collector at a base URL takes spans."""
+    return endpoint.rstrip("/") + PATH
 
 
 def refusal(endpoint: str) -> str | None:

@@ -119,10 +119,11 @@ def _open_spans(settings: Settings) -> Spans | None:
     if settings.otlp_endpoint is None:
         return None
     from .collector import open_provider
+    from .otlp import traces_url
     from .spans import Spans
 
     try:
-        return Spans(open_provider(settings.otlp_endpoint))
+        return Spans(open_provider(traces_url(settings.otlp_endpoint)))
     except (ValueError, RuntimeError) as error:
         raise SpansRefused(str(error)) from error
 

@@ -20,6 +20,7 @@ from tests.serve.conftest import QUICK, Server, running, wait_for
 from wan_runtime.serve import keys
 from wan_runtime.serve.collector import open_provider
 from wan_runtime.serve.jobs import JobStore
+from wan_runtime.serve.otlp import traces_url
 from wan_runtime.serve.spans import Spans, trace_of
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"), pytest.mark.slow]
@@ -213,7 +214,7 @@ def test_the_end_does_not_wait_for_a_collector_that_does_not_answer(tmp_path: Pa
     job = store.add("a", "wan-tiny", {**QUICK, "seed": 1})
     store.close()
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        spans = Spans(open_provider(f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        spans = Spans(open_provider(traces_url(f"http://127.0.0.1:{silent.getsockname()[1]}")))
         spans.ended(job, [])
         began = time.monotonic()
         spans.close(0.5)
