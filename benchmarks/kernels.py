@@ -50,6 +50,7 @@ NARROW = tuple(
 )
 
 
+WAIT = 1_000_000  # cycles, some half a millisecond
 NO_CHOICE = {0: Launch()}  # of kernels that have one launch
 
 
@@ -128,10 +129,11 @@ def cases(tokens: int, width: int, ffn: int) -> dict[str, Case]:
 
 
 def median(call: Callable[[], object], rounds: int = 9) -> float:
-    """Milliseconds on the GPU."""
+    """Milliseconds on the GPU, which waits until a round is queued: Python takes longer than some kernels."""
     taken = []
     for number in range(rounds + 2):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(WAIT)
         start.record()
         call()
         stop.record()

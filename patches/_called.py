@@ -21,7 +21,7 @@ _NUMBERS = itertools.count()
 def number(block: nn.Module) -> None:
     """Give a block, or a copy of one, a number of its own."""
     own = next(_NUMBERS)
-    block.__dict__[KEY] = torch.tensor(own)
+    block.__dict__[KEY] = torch.tensor(own, device="cpu")
     _BLOCKS[own] = block
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from wan_runtime import rules
@@ -26,7 +27,7 @@ def build(variant: Variant) -> nn.Module:
         raise InvalidOption(
             f"the file is a {variant.name}; {CLASS} is Wan-Animate-2's. Use host='diffusers'."
         )
-    with init_empty_weights(include_buffers=False):
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):
         model: nn.Module = getattr(diffusers, CLASS)(
             in_dim=variant.in_channels,
             dim=variant.dim,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from wan_runtime import rules
@@ -48,7 +49,7 @@ def build(variant: Variant) -> nn.Module:
             "wan_runtime.patch(model, checkpoint)."
         )
     cls = getattr(diffusers, CLASSES[variant.kind][1])
-    with init_empty_weights(include_buffers=False):
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):
         model: nn.Module = cls(**_config(variant))
     return model.eval().requires_grad_(False)
 

@@ -84,6 +84,15 @@ def bytes_of(rows: Rows) -> list[torch.Tensor]:
     return [t.view(torch.uint8).cpu() for t in (rows.values, rows.scale, rows.whole) if t is not None]
 
 
+def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    """Byte for byte where the interpreter rounds both alike. A GPU runs two compilations, which contract products and
+    sums each in its own way: a value on the edge between two codes may get the other, and its block another scale."""
+    apart = [float((a != b).float().mean()) for a, b in zip(ours, theirs, strict=True)]
+    assert [len(a) for a in ours] == [len(b) for b in theirs]
+    print("share of bytes apart, and bytes:", apart, [a.numel() for a in ours])
+    return max(apart) <= (1e-4 if GPU else 0.0)
+
+
 def values_of(rows: Rows, codes: Codes, width: int) -> torch.Tensor:
     """The fp32 values that coded rows mean, by the weight formats' own reading."""
     assert rows.scale is not None
@@ -120,7 +129,7 @@ def test_codes_are_the_quantisers_of_the_kernels_own_values(
     rows, values = kernel(x, codes), kernel(x, Codes.PLAIN).values.cpu()
     blocks = quantize_nvfp4_torch(values, None) if codes is Codes.NVFP4 else quantize_mxfp8_torch(values)
     expected = bytes_of(Rows(blocks.payload, blocks.block_scale, blocks.scale))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(bytes_of(rows), expected, strict=True))
+    assert same(bytes_of(rows), expected)
     assert rows.scale is not None and rows.scale.shape == padded(tokens, width // KINDS[codes])
     if tokens < 128:
         whole = operator(x, codes)

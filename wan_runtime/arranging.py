@@ -114,7 +114,7 @@ def _half_view(key: str, shape: tuple[int, ...], half: int) -> View:
 
 def _check_kernel(checkpoint: Checkpoint, key: str) -> None:
     """Leaving a kernel out is right only where it is the constant that diffusers makes: (1, 3, 3, 1) both ways."""
-    row = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    row = torch.tensor([1.0, 3.0, 3.0, 1.0], device="cpu")
     constant = row[:, None] * row[None, :] / 64
     kernel = checkpoint.header.read_tensor(key).float()
     if kernel.shape != constant.shape or not torch.allclose(kernel, constant, atol=1e-3):

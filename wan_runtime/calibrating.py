@@ -95,7 +95,7 @@ def recorded(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     for path, module in model.named_modules():
         original = to_original(names, bare(path))
         if rules.swaps(original) and linear_size(module) is not None:
-            amax[original] = torch.zeros(())
+            amax[original] = torch.zeros((), device="cpu")
             hooks.append(module.register_forward_pre_hook(_recorder(amax, original)))
     try:
         yield amax

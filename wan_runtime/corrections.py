@@ -99,8 +99,8 @@ def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tenso
     if not _power_of_4(size):
         raise ValueError(f"a regular Hadamard matrix has a power of 4 rows, not {size}.")
     with torch.inference_mode(False):  # it outlives the caller's mode
-        unit = torch.tensor(REGULAR, dtype=torch.float32)
-        matrix = torch.ones(1, 1)
+        unit = torch.tensor(REGULAR, dtype=torch.float32, device="cpu")
+        matrix = torch.ones(1, 1, device="cpu")
         while matrix.shape[0] < size:
             matrix = torch.kron(matrix, unit)
         return torch.Tensor.to(matrix / size**0.5, device=device, dtype=dtype)

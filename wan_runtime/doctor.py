@@ -228,9 +228,9 @@ def _probe(backend: Backend, weight_format: str, compute: str, device: torch.dev
 
 
 def _error(backend: Backend, weight_format: str, compute: str, device: torch.device) -> float:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(TOKENS, IN, generator=generator).to(torch.bfloat16)
-    weight = torch.randn(OUT, IN, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    rows = torch.randn(TOKENS, IN, generator=generator, device="cpu").to(torch.bfloat16)
+    weight = torch.randn(OUT, IN, generator=generator, device="cpu")
     slots = FORMATS[weight_format].quantize(weight, backend.per_channel)
     exact = rows.double() @ FORMATS[weight_format].dequantize(slots).double().t()
     on_device = {name: slot.to(device) for name, slot in slots.items()}

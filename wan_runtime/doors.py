@@ -95,7 +95,7 @@ def _empty(cls: Any, path: Any, kwargs: Mapping[str, Any]) -> nn.Module:
     from accelerate import init_empty_weights
 
     config = cls.load_config(path, **{name: kwargs[name] for name in CONFIG_OPTIONS if name in kwargs})
-    with init_empty_weights(include_buffers=False):
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):
         model: nn.Module = cls.from_config(config)
     dtype = kwargs.get("torch_dtype") or kwargs.get("dtype") or torch.float32
     for parameter in model.parameters():

@@ -123,7 +123,7 @@ class Header:
             return self.mapped[key].clone()
         entry = self.entries[key]
         if entry.numel == 0:
-            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
         return torch.frombuffer(self._read(key), dtype=DTYPES[entry.dtype]).reshape(entry.shape)
 
     def read_bytes(self, key: str) -> bytes:
@@ -157,7 +157,7 @@ class Header:
         def read(key: str) -> torch.Tensor:
             entry = self.entries[key]
             if entry.numel == 0:
-                return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+                return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
             if entry.file not in current:
                 current.clear()
                 current[entry.file] = _mapped(entry.file, self.files[entry.file])

@@ -42,7 +42,7 @@ class GpuLane:
         self._stream = torch.cuda.Stream(device)
 
     def buffer(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True, device="cpu")
 
     def room(self, nbytes: int) -> torch.Tensor:
         room = torch.empty(nbytes, dtype=torch.uint8, device=self._device)

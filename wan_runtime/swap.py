@@ -57,7 +57,8 @@ def execute(
             _fill(module, tensors, decision)
             become(module, decision.action)
     settle_biases(layer for _, layer in quantised_layers(model))
-    model.register_buffer(COMPUTE_DTYPE, torch.empty(0, dtype=dtype), persistent=False)
+    mark = torch.empty(0, dtype=dtype, device=next(model.parameters()).device)
+    model.register_buffer(COMPUTE_DTYPE, mark, persistent=False)
     return before
 
 

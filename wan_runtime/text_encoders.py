@@ -151,7 +151,7 @@ def _built(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )
-    with init_empty_weights(include_buffers=False):
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):
         model: nn.Module = UMT5EncoderModel(config)
     model.encoder.embed_tokens = model.shared  # type: ignore[union-attr]
     for parameter in model.parameters():

@@ -173,7 +173,7 @@ def _built(config: Mapping[str, Any]) -> Any:
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKLWan
 
-    with init_empty_weights(include_buffers=False):
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):
         return AutoencoderKLWan.from_config(dict(config)) if config else AutoencoderKLWan()
 
 

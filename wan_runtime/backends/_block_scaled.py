@@ -45,8 +45,10 @@ def _wrong(compute: str, device: torch.device) -> str | None:
     The operands are first quantised by plain torch, so that a GPU without such products is refused before a kernel is
     compiled for it; then by the kernel. Sizes are odd on purpose: padded scales are part of the product.
     """
-    generator = torch.Generator().manual_seed(0)
-    rows, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((33, 96), (144, 96), (144,)))
+    generator = torch.Generator("cpu").manual_seed(0)
+    rows, weight, bias = (
+        torch.randn(*shape, generator=generator, device="cpu") for shape in ((33, 96), (144, 96), (144,))
+    )
     rows[7] *= 30
     rows, bias = rows.to(device, torch.bfloat16), bias.to(device, torch.bfloat16)
     held, slots = (FORMATS[compute].quantize(given.to(device), True) for given in (rows, weight))

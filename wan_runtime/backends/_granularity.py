@@ -84,9 +84,9 @@ def product_on(device: torch.device) -> Product:
 
 def tried(product: Product, device: torch.device) -> str | None:
     """Why a product is not right on a device, found by making a small one, or None."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(32, 64, generator=generator), torch.randn(48, 64, generator=generator)
-    scales = torch.rand(32, 1, generator=generator) + 0.5, torch.rand(1, 48, generator=generator) + 0.5
+    generator = torch.Generator("cpu").manual_seed(0)
+    values = (torch.randn(n, 64, generator=generator, device="cpu") for n in (32, 48))
+    scales = [torch.rand(*shape, generator=generator, device="cpu") + 0.5 for shape in ((32, 1), (1, 48))]
     codes, weight = (value.to(torch.float8_e4m3fn) for value in values)
     truth = (codes.double() * scales[0]) @ (weight.double() * scales[1].T).T
     try:

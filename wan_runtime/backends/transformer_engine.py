@@ -82,8 +82,10 @@ def _probe(compute: str, index: int) -> str | None:
 
 def _wrong(compute: str, device: torch.device) -> str | None:
     """By how much a product is wrong, or None. Sizes are odd on purpose: padding is part of it."""
-    generator = torch.Generator().manual_seed(0)
-    rows, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((33, 96), (136, 96), (136,)))
+    generator = torch.Generator("cpu").manual_seed(0)
+    rows, weight, bias = (
+        torch.randn(*shape, generator=generator, device="cpu") for shape in ((33, 96), (136, 96), (136,))
+    )
     held = FORMATS[compute].quantize(weight, BACKEND.per_channel)
     slots = {name: slot.to(device) for name, slot in held.items()}
     given, short = rows.to(device, torch.bfloat16), bias.to(device, torch.bfloat16)

@@ -48,7 +48,7 @@ def _convrot_w4a4(header: Header, path: str, record: Record) -> tuple[Layer, int
     sources = (
         Source(f"{path}.weight", "payload", _offset_codes),
         Source(scale, "scale", _row_scale),
-        Source(scale, "zero", lambda tensor, out, inp: torch.zeros(out, 1)),
+        Source(scale, "zero", lambda tensor, out, inp: torch.zeros(out, 1, device="cpu")),
         *rotation(header, path, record, always=True),
     )
     return Layer(path, "int4", (rows, cols * 2), sources), None

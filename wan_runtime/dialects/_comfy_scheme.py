@@ -47,6 +47,6 @@ def rotation(header: Header, path: str, record: Record, *, always: bool) -> tupl
         return ()
 
     def decode(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
-        return torch.tensor([group], dtype=torch.int32)
+        return torch.tensor([group], dtype=torch.int32, device="cpu")
 
     return (Source(key, "rotation", decode),)

@@ -117,7 +117,7 @@ def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, t
     else:
         encoded = _keys.encode(weight_format, slots)
     text = json.dumps(record).encode()
-    return {"comfy_quant": torch.tensor(list(text), dtype=torch.uint8), **encoded}
+    return {"comfy_quant": torch.tensor(list(text), dtype=torch.uint8, device="cpu"), **encoded}
 
 
 def _padded(payload: torch.Tensor, multiple: int) -> torch.Tensor:

@@ -97,7 +97,7 @@ def encode(weight_format: str, slots: Mapping[str, torch.Tensor]) -> dict[str, t
 
 def marks(layers: Mapping[str, str]) -> Marks:
     # Two elements: Comfy then dequantises, which is right for activations that were never calibrated.
-    return Marks(tensors={MARKER: torch.zeros(2, dtype=torch.float8_e4m3fn)})
+    return Marks(tensors={MARKER: torch.zeros(2, dtype=torch.float8_e4m3fn, device="cpu")})
 
 
 DIALECT = Dialect(

@@ -27,7 +27,7 @@ def detect(header: Header) -> Evidence | None:
 
 def _ones(tensor: torch.Tensor, out: int, inp: int) -> torch.Tensor:
     """A plain cast has no scale tensor: its scale is exactly 1, and is read off the weight's own key."""
-    return torch.ones(1, 1)
+    return torch.ones(1, 1, device="cpu")
 
 
 def read(header: Header) -> Reading:

@@ -195,7 +195,7 @@ def _nvfp4(header: Header, path: str, record: Record) -> Layer:
         )
     total = _key(path, "per_tensor_scale")
     one_level = Source(
-        codes, "scale", lambda tensor, out, inp: torch.ones(1, 1)
+        codes, "scale", lambda tensor, out, inp: torch.ones(1, 1, device="cpu")
     )  # by the type's own definition
     sources = (
         Source(codes, "payload", _keys.code_slot),

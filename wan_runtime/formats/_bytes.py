@@ -19,4 +19,4 @@ def numbers(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @functools.cache
 def _table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Byte -> its number, fp32 [256]."""
-    return torch.arange(256, dtype=torch.uint8).view(dtype).float().to(device)
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float().to(device)

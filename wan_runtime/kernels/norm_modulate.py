@@ -32,7 +32,11 @@ from wan_runtime.kernels._rows import (
     written,
 )
 
-LAUNCHES = {5120: Launch(rows=32, warps=8, registers=80)}
+LAUNCHES = {
+    1536: Launch(rows=32, warps=2),
+    3072: Launch(rows=8),
+    5120: Launch(rows=32, warps=8, registers=80),
+}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,11 @@ from wan_runtime.kernels._rows import (
 from wan_runtime.kernels.norm_modulate import Modulation
 
 LAUNCHES = {5120: Launch(rows=32, stages=4)}
-PLAIN_LAUNCHES = {5120: Launch(rows=4)}  # without a norm there is little to do but wait for memory
+PLAIN_LAUNCHES = {  # without a norm there is little to do but wait for memory
+    1536: Launch(rows=8, warps=8, stages=2, registers=128, tile=8),
+    3072: Launch(rows=8, warps=8, tile=4),
+    5120: Launch(rows=4),
+}
 
 
 def residual_norm_torch(
