@@ -65,7 +65,7 @@ KINDS = (
     Kind("CPU", torch.device("cpu"), otherwise="run"),
     Kind("before Ada", CUDA),
     Kind("Ada (sm_89)", CUDA, FP8, te=FP8),
-    Kind("Hopper (sm_90)", CUDA, FP8, otherwise="run", te=FP8),
+    Kind("Hopper (sm_90)", CUDA, FP8, otherwise="run", te=FP8, te_known="run"),
     Kind("Blackwell (sm_100)", CUDA, BLACKWELL, MODELLED, te=BLACKWELL),
     Kind("Blackwell (sm_120)", CUDA, BLACKWELL, MODELLED, te=frozenset({"fp8", "nvfp4"})),
     Kind("AMD (ROCm)", CUDA, FP8, hip="6.4"),

@@ -118,9 +118,9 @@ def test_the_answer_is_in_the_inputs_dtype_for_any_leading_dimensions(dtype: tor
         assert y.shape == (*leading, 1536) and y.dtype == dtype
         assert error(y.reshape(30, 1536), expected) < 0.035
     assert made(x[:0]).shape == (0, 1536) and made(x[0]).shape == (1536,)
-    assert not made(torch.zeros(4, 1536, device="cuda", dtype=dtype)).sub_(made.bias).any(), (
-        "zeros have no amax"
-    )
+    assert made.bias is not None
+    of_zeros = made(torch.zeros(4, 1536, device="cuda", dtype=dtype))  # which have no amax
+    assert torch.equal(of_zeros, made.bias.to(dtype).expand(4, 1536))
 
 
 def test_a_bias_is_added_in_fp32_and_one_that_is_exactly_bf16_within_the_product() -> None:
@@ -166,6 +166,8 @@ def test_another_stream_and_another_layers_product_change_nothing() -> None:
     )
 
 
+# Inductor imports what torch itself has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_torch_compile_takes_it_whole_and_answers_the_same() -> None:
     torch._dynamo.reset()
     made = layer(1536, 1536, bias=torch.randn(1536, device="cuda"))

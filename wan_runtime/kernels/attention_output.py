@@ -26,7 +26,7 @@ from wan_runtime.kernels._rows import (
     written,
 )
 
-LAUNCHES = {1536: Launch(rows=32, tile=8), 3072: Launch(rows=8, warps=8, tile=4), 5120: Launch(rows=8)}
+LAUNCHES = {1536: Launch(rows=8), 3072: Launch(rows=8, warps=8, tile=4), 5120: Launch(rows=8)}
 
 
 def attention_output_torch(

@@ -20,7 +20,7 @@ from wan_runtime.kernels._launch import Launch, launch_at
 from wan_runtime.kernels._rows import E4M3_MAX, LEAST, load_rows, row_sum, store_plain
 from wan_runtime.kernels._tiles import column
 
-LAUNCHES = {1536: Launch(rows=8, stages=2, tile=4), 3072: Launch(rows=8, tile=4), 5120: Launch(rows=8)}
+LAUNCHES = {1536: Launch(rows=8), 3072: Launch(rows=8, tile=4), 5120: Launch(rows=8)}
 
 
 def bounded(weight: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,9 +34,9 @@ from wan_runtime.kernels._rows import (
 )
 from wan_runtime.kernels.norm_modulate import Modulation
 
-LAUNCHES = {5120: Launch(rows=32, stages=4)}
+LAUNCHES = {3072: Launch(rows=8), 5120: Launch(rows=32, stages=4)}
 PLAIN_LAUNCHES = {  # without a norm there is little to do but wait for memory
-    1536: Launch(rows=8, warps=8, stages=2, registers=128, tile=8),
+    1536: Launch(rows=4),
     3072: Launch(rows=8, warps=8, tile=4),
     5120: Launch(rows=4),
 }
