@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from wan_runtime.accelerating import accelerate, attention_for
 from wan_runtime.arranging import arranged
-from wan_runtime.attention import ATTENTIONS, Choice, Ends, choose
 from wan_runtime.backends import device_named
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint, stream
 from wan_runtime.containers import locate
-from wan_runtime.errors import BackendUnavailable, InvalidOption
+from wan_runtime.errors import InvalidOption
 from wan_runtime.fitting import check_fit, notes, refuse_damaged, refuse_nothing, require_input_scales
 from wan_runtime.inspecting import Inspection, inspect_checkpoint
-from wan_runtime.kernels import refused
 from wan_runtime.obstacles import refuse_unswappable
 from wan_runtime.patches import HOSTS, Host, host_of
 from wan_runtime.plan import Options, plan, tree_of
@@ -193,7 +192,7 @@ def _patch(
     decisions = plan(tree_of(model, spelling), held, runs_on, options, swaps=host.swaps, fp32=host.fp32)
     refuse_nothing(decisions, options, checkpoint, host.name)
     refuse_unswappable(model, decisions, keeps_weights=checkpoint is None)
-    attention = _attention(model, host, options.attention, runs_on, dtype)
+    attention = attention_for(model, host, options.attention, runs_on, dtype)
     static = options.activation == "static"
     if static:
         require_input_scales(checkpoint, decisions)
@@ -206,7 +205,7 @@ def _patch(
         staged = stage(items, decisions, spelling, dtype, anew=options.weights not in ("auto", "keep"))
     parameters = execute(model, decisions, staged, dtype, runs_on.type, static=static)
     verify_residents(model, decisions)
-    fused, said = _accelerate(model, host, attention, ends, options.fuse, runs_on, dtype)
+    fused, said = accelerate(model, host, attention, ends, options.fuse, runs_on, dtype)
     said = [*notes(decisions, runs_on, checkpoint, options, staged.rescaled if staged else ()), *said]
     report = Report(
         host=host.name,
@@ -255,52 +254,3 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
     """fp16 for an fp16 host, else bf16: a host loaded in fp32 by default is not asking for fp32 products."""
     dtypes = [m.weight.dtype for m in model.modules() if isinstance(m, nn.Linear)]
     return torch.float16 if dtypes and dtypes.count(torch.float16) > len(dtypes) / 2 else torch.bfloat16
-
-
-def _attention(
-    model: nn.Module, host: Host, wanted: str, device: torch.device, dtype: torch.dtype
-) -> Choice | None:
-    """The attention to use; None leaves the host's own."""
-    why = _own_blocks(model, host)
-    if host.blocks is None or why is not None:
-        if wanted not in ("auto", *ATTENTIONS):
-            choose(wanted, device, dtype, 0)
-        if wanted != "auto":
-            raise BackendUnavailable(
-                f"attention={wanted!r}",
-                {wanted: f"the attention of a {host.name} model is its own{why or ''}."},
-            )
-        return None
-    return choose(wanted, device, dtype, host.blocks.head(model))
-
-
-def _own_blocks(model: nn.Module, host: Host) -> str | None:
-    """Why a model of a host whose blocks this library knows keeps its own, in words, or None."""
-    why = None if host.blocks is None else host.blocks.refuses(model)
-    return None if why is None else f" here: {why}"
-
-
-def _accelerate(
-    model: nn.Module,
-    host: Host,
-    attention: Choice | None,
-    ends: Ends,
-    fuse: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[bool, list[str]]:
-    """Give a patched model its attention and its fused blocks: (whether fused, what its user should read)."""
-    if host.blocks is None:
-        return False, []
-    said = []
-    if attention is not None:
-        said = [f"attention: {name} refused: {why}." for name, why in attention.passed.items()]
-        said += host.blocks.attend(model, attention.name, (device.type, dtype), ends)
-    if not fuse or device.type != "cuda":  # no news on a CPU, where only the host's own forward runs
-        return False, said
-    refusal = host.blocks.refuses(model) or refused(device)
-    if refusal is None and attention is None:
-        refusal = "they need one of this library's attentions, and none runs here"
-    if refusal is not None:
-        return False, [*said, f"The host's own block forward is used: fused kernels: {refusal}."]
-    return True, [*said, *host.blocks.fuse(model)]
