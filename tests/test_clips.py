@@ -122,6 +122,7 @@ def test_a_right_reading_draws_what_was_asked(name: str, drawn: Variants) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* its weights contradict that:RuntimeWarning")
 @pytest.mark.parametrize("name", MISREAD)
 def test_a_misreading_does_not(name: str, drawn: Variants) -> None:
     assert () not in wrong(drawn(name))
@@ -169,6 +170,7 @@ def test_a_misreading_is_refused_unless_it_is_insisted_on(name: str, words: str,
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* its weights contradict that:RuntimeWarning")
 def test_mislaid_scales_are_further_from_bf16_than_the_right_ones(drawn: Variants) -> None:
     right, mislaid, bf16 = (drawn(name)[:1] for name in ("modelopt-nvfp4", "nvfp4-scales-mislaid", "bf16"))
     assert apart(mislaid, bf16) > 2 * apart(right, bf16)

@@ -117,9 +117,15 @@ def test_another_models_bf16_file_settles_nothing(tmp_path: Path, state: dict[st
 
 
 def test_the_wrong_reading_is_noise_of_the_right_size(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Why it is refused: read the other way, every figure but the weights themselves looks right."""
-    content = seed.broken_nvfp4(state, LAYERS)
-    wrong = dict(weights(loaded(content.write(tmp_path), dialect="comfy")))
+    """Why it is refused: read the other way, every figure but the weights looks right. Who insists is told."""
+    path = (content := seed.broken_nvfp4(state, LAYERS)).write(tmp_path)
+    with pytest.warns(RuntimeWarning, match="as was asked, and its weights contradict that: the layout test"):
+        model = loaded(path, dialect="comfy")
+    wrong = dict(weights(model))
+    assert "contradict" in wan_runtime.patch(model).notes[0]  # the report that the first patch left
+    for dialect in ("comfy", "modelopt"):
+        told = any("contradict" in note for note in wan_runtime.inspect(path, dialect=dialect).odd)
+        assert told == (dialect == "comfy")
     for module, right in content.weights.items():
         assert np.linalg.norm(wrong[module] - right) / np.linalg.norm(right) > 1
         assert wrong[module].std() == pytest.approx(right.std(), rel=0.2)

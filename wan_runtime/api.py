@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from wan_runtime.backends import device_named
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint, stream
 from wan_runtime.containers import locate
 from wan_runtime.errors import InvalidOption
-from wan_runtime.fitting import check_fit, notes, refuse_damaged, refuse_nothing, require_input_scales
+from wan_runtime.fitting import (
+    check_fit,
+    doubted,
+    notes,
+    refuse_damaged,
+    refuse_nothing,
+    require_input_scales,
+)
 from wan_runtime.inspecting import Inspection, inspect_checkpoint
 from wan_runtime.obstacles import refuse_unswappable
 from wan_runtime.patches import HOSTS, Host, host_of
@@ -196,6 +204,9 @@ def _patch(
     static = options.activation == "static"
     if static:
         require_input_scales(checkpoint, decisions)
+    doubt = None if checkpoint is None else doubted(checkpoint)
+    if doubt is not None:
+        warnings.warn(doubt, RuntimeWarning, stacklevel=3)
     before, staged = bytes_of(model), None
     if checkpoint is None:
         refuse_damaged(model, decisions)
@@ -206,7 +217,11 @@ def _patch(
     parameters = execute(model, decisions, staged, dtype, runs_on.type, static=static)
     verify_residents(model, decisions)
     fused, said = accelerate(model, host, attention, ends, options.fuse, runs_on, dtype)
-    said = [*notes(decisions, runs_on, checkpoint, options, staged.rescaled if staged else ()), *said]
+    said = [
+        *filter(None, (doubt,)),
+        *notes(decisions, runs_on, checkpoint, options, staged.rescaled if staged else ()),
+        *said,
+    ]
     report = Report(
         host=host.name,
         device=str(runs_on),

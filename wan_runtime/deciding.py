@@ -61,18 +61,23 @@ def hold(header: Header, dialect: str, because: str, layers: Mapping[str, Layer]
 
     layers: module as spelled in the file -> its layer. Raises CheckpointError, with both facts.
     """
+    found = contradiction(header, layers)
+    if found is not None:
+        raise CheckpointError(
+            header.path,
+            f"its marks and its weights contradict each other. It would be read as {dialect} ({because}), and "
+            f"{found}. One of the two is wrong, and a wrong reading is noise: give the bf16 file that it "
+            f"was made from with --reference FILE, or insist with --dialect {dialect} (dialect=... in Python).",
+        )
+
+
+def contradiction(header: Header, layers: Mapping[str, Layer]) -> str | None:
+    """What the weights say by a wide margin against how they are read, in words; reads a few layers."""
     try:
         findings = (evidence.read_layouts(header, layers), evidence.nibble_test(header, layers))
     except ValueError:
-        return  # a tensor that does not fit its layer: reading it names it
-    for finding in findings:
-        if finding.wide and finding.answer != "right":
-            raise CheckpointError(
-                header.path,
-                f"its marks and its weights contradict each other. It would be read as {dialect} ({because}), and "
-                f"{finding.words}. One of the two is wrong, and a wrong reading is noise: give the bf16 file that it "
-                f"was made from with --reference FILE, or insist with --dialect {dialect} (dialect=... in Python).",
-            )
+        return None  # a tensor that does not fit its layer: reading it names it
+    return next((f.words for f in findings if f.wide and f.answer != "right"), None)
 
 
 def readings(ambiguous: AmbiguousDialect) -> list[str]:

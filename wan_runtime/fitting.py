@@ -10,6 +10,7 @@ from torch import nn
 
 from wan_runtime.backends import backend_named
 from wan_runtime.checkpoint import Checkpoint
+from wan_runtime.deciding import contradiction
 from wan_runtime.doubts import Doubts
 from wan_runtime.errors import BadTensor, InvalidOption, NothingToPatch, UnaccountedTensors
 from wan_runtime.names import Spelling, from_original, noise_in
@@ -67,6 +68,20 @@ def refuse_damaged(model: nn.Module, decisions: list[Decision]) -> None:
 
 def _damaged(path: str) -> InvalidOption:
     return InvalidOption(f"{path}.weight holds NaN or infinite values, which cannot be quantised.")
+
+
+def doubted(checkpoint: Checkpoint) -> str | None:
+    """What a caller who insisted on a reading should hear where the weights contradict it; reads a few layers."""
+    if not checkpoint.insisted:
+        return None  # the stream refuses such a file
+    found = contradiction(checkpoint.header, {layer.module: layer for layer in checkpoint.layers.values()})
+    if found is None:
+        return None
+    return (
+        f"{checkpoint.path.name} is read as {checkpoint.dialect.name}, as was asked, and its weights contradict that: "
+        f"{found}. A wrong reading is noise: leave the dialect out to hear what fits, or give the bf16 file that it "
+        "was made from with --reference FILE (reference=... in Python)."
+    )
 
 
 def check_fit(model: nn.Module, spelling: Spelling, checkpoint: Checkpoint) -> None:

@@ -178,6 +178,10 @@ def _odd(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What is readable and still worth knowing."""
     entries = checkpoint.header.entries
     notes = list(checkpoint.header.notes)
+    if checkpoint.insisted:  # only then are weights read, and torch imported
+        from wan_runtime.fitting import doubted
+
+        notes += filter(None, (doubted(checkpoint),))
     noise = noise_in(checkpoint.path)
     if noise is not None:
         notes.append(f"by its name it is the {noise}-noise expert of two; nothing in the file says so")
