@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.builders import files
+from tests.builders.wan import Sizes, hollow
+from wan_runtime.bases import RELEASES
 from wan_runtime.errors import CheckpointError, InvalidOption, UnaccountedTensors
 from wan_runtime.generating import clip_profile, generate
 from wan_runtime.linear import QuantLinear
 from wan_runtime.names import to_original
+from wan_runtime.names._variants import KNOWN
 from wan_runtime.pipelines import load_pipeline, tiny_base, tiny_checkpoint
 from wan_runtime.vaes import names_of
 
@@ -74,6 +78,35 @@ def test_a_model_that_is_not_the_tiny_one_needs_a_base(tmp_path: Path) -> None:
         load_pipeline(deeper, device="cpu")
     pipe = load_pipeline(deeper, base=tiny_base(), device="cpu")
     assert len(pipe.transformer.blocks) == 7
+
+
+SIZES_14B = Sizes(dim=5120, ffn=13824, layers=40, text=4096, freq=256)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        (
+            Sizes(dim=1536, ffn=8960, layers=30, text=4096, freq=256),
+            r"T2V-1\.3B\. .*Wan2\.1-T2V-1\.3B-Diffusers\.",
+        ),
+        (SIZES_14B, r"T2V-14B .*Wan2\.1-T2V-14B-Diffusers .*Wan2\.2-T2V-A14B-Diffusers"),
+        (
+            Sizes(dim=3072, ffn=14336, layers=30, text=4096, freq=256, channels=48),
+            r"TI2V-5B\. .*--base Wan-AI/Wan2\.2-TI2V-5B-Diffusers\.",
+        ),
+        (replace(SIZES_14B, channels=36, image=1280), r"I2V-14B-480P-Diffusers .*I2V-14B-720P-Diffusers"),
+        (replace(SIZES_14B, channels=36), r"--base Wan-AI/Wan2\.2-I2V-A14B-Diffusers\."),
+        (replace(SIZES_14B, layers=3), r"--base; no release of these sizes is known\."),
+    ],
+)
+def test_a_model_without_a_base_is_told_its_own_release(tmp_path: Path, sizes: Sizes, said: str) -> None:
+    with pytest.raises(InvalidOption, match=f"holds the transformer alone, of .*{said}"):
+        load_pipeline(hollow(tmp_path / "big.safetensors", sizes), device="cpu")
+
+
+def test_every_release_is_of_a_variant_that_files_are_told_by() -> None:
+    assert RELEASES.keys() <= {name.partition(" ")[0] for name in KNOWN.values()}
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:

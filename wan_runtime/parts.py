@@ -29,12 +29,13 @@ def check_given(
     text_encoder: GIVEN | None,
     vae: GIVEN | None,
     naming: Mapping[str, Any],
-) -> None:
+) -> Checkpoint:
     """Refuse parts given as one another, an expert given twice, and a VAE of another model; reads headers, and of two
     experts the small tensors that no producer quantises.
 
     naming: dialect and reference, as for `load`.
 
+    Returns the transformer's checkpoint, opened.
     Raises InvalidOption, and CheckpointError and its subclasses for a file that cannot be read right.
     """
     _check_part("text encoder", text_encoder)
@@ -44,6 +45,7 @@ def check_given(
         refuse_twins(opened, open_checkpoint(checkpoint_low, **naming))
     if vae is not None and Path(vae).is_file():
         _check_vae(opened, vae)
+    return opened
 
 
 def _check_part(part: str, given: GIVEN | None) -> None:

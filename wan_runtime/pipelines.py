@@ -9,9 +9,13 @@ each in the dtype that it needs (the VAE always in fp32), and checked against ea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wan_runtime.bases import Base, base_of, kind_of
+from wan_runtime.bases import tiny_base as tiny_base
+from wan_runtime.bases import tiny_checkpoint as tiny_checkpoint
 from wan_runtime.errors import InvalidOption
 from wan_runtime.generating import Pipeline
 from wan_runtime.parts import check_given
@@ -21,25 +25,7 @@ from wan_runtime.vaes import load_vae
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-TEXT, IMAGE = "WanPipeline", "WanImageToVideoPipeline"  # diffusers' classes: what a clip starts from
-A14B_BOUNDARY = {
-    TEXT: 0.875,
-    IMAGE: 0.9,
-}  # where Wan2.2 A14B hands over to its low-noise expert, as published
 MASK_CHANNELS = 4  # that an image-to-video transformer takes in beside the latents and the image's
-
-
-def tiny_base() -> Path:
-    """The bundled tiny pipeline, a diffusers directory."""
-    from wan_runtime import tiny
-
-    return Path(tiny.path())
-
-
-def tiny_checkpoint() -> Path:
-    """The bundled tiny model's transformer, bf16 under diffusers names."""
-    return tiny_base() / "transformer" / WEIGHTS
 
 
 def load_pipeline(
@@ -66,73 +52,84 @@ def load_pipeline(
     `patch_options` go to `wan_runtime.load`. Raises InvalidOption for parts that do not fit each other, and what
     `load` raises for the file.
     """
-    import torch
-
     from wan_runtime.api import load
-    from wan_runtime.backends import device_named
 
-    device = device_named(device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     checkpoint = checkpoint or tiny_checkpoint()
-    naming: dict[str, Any] = {
-        name: patch_options[name] for name in ("dialect", "reference") if name in patch_options
-    }
-    check_given(checkpoint, checkpoint_low, text_encoder, vae, naming)
-    base = str(base or _base_of(checkpoint, patch_options))
-    index = _pipeline_config(base)
-    _check_experts(index, base, checkpoint_low is not None)
-    options = {"device": device, "dtype": dtype, **patch_options}
+    found = _prepare(
+        checkpoint, checkpoint_low, base, text_encoder, vae, device, dtype, patch_options, look_up=True
+    )
+    options = {"device": found.device, "dtype": found.dtype, **patch_options}
     transformers = {
         "transformer": load(checkpoint, **options),
         "transformer_2": load(checkpoint_low, **options) if checkpoint_low else None,
     }
-    kind = _kind_of(transformers["transformer"])
-    pipe = _assemble(kind, base, index, text_encoder, vae, device, dtype, {
+    assert found.base.index is not None
+    pipe = _assemble(found, text_encoder, vae, {
         **transformers,
-        "boundary_ratio": _boundary(index, base, kind, checkpoint_low is not None),
-        "expand_timesteps": bool(index.get("expand_timesteps", False)),
+        "boundary_ratio": found.boundary,
+        "expand_timesteps": bool(found.base.index.get("expand_timesteps", False)),
     })  # fmt: skip
-    _check_fit(pipe, base)
+    _check_fit(pipe, found.base.name)
     return pipe
 
 
-def _kind_of(transformer: Any) -> str:
-    """The pipeline that a transformer is of. Raises InvalidOption where no pipeline of ours draws with it."""
-    names = {cls.__name__ for cls in type(transformer).__mro__}
-    config = transformer.config
-    if "WanTransformer3DModel" not in names:
-        raise InvalidOption(
-            f"The checkpoint is a {type(transformer).__name__}, which loads and is patched, and no clips are made with "
-            "it here: only with text-to-video and image-to-video models."
-        )
-    if getattr(config, "pos_embed_seq_len", None) is not None:
-        raise InvalidOption(
-            "The checkpoint is of a first-and-last-frame model (FLF2V), which needs two images; only models that start "
-            "from one are served."
-        )
-    return IMAGE if config.in_channels > config.out_channels else TEXT
+@dataclass(frozen=True)
+class _Prepared:
+    """What is known of a pipeline before a weight is loaded. `kind` is diffusers' class."""
+
+    base: Base
+    kind: str
+    boundary: float | None
+    device: torch.device
+    dtype: torch.dtype
+
+
+def _prepare(
+    checkpoint: Path | str,
+    checkpoint_low: Path | str | None,
+    base: Path | str | None,
+    text_encoder: Path | str | None,
+    vae: Path | str | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    patch_options: Mapping[str, Any],
+    *,
+    look_up: bool,
+) -> _Prepared:
+    import torch
+
+    from wan_runtime.backends import device_named
+
+    device = device_named(device)
+    naming = {name: patch_options[name] for name in ("dialect", "reference") if name in patch_options}
+    opened = check_given(checkpoint, checkpoint_low, text_encoder, vae, naming)
+    kind = kind_of(opened)
+    found = base_of(opened, base, look_up=look_up)
+    return _Prepared(
+        base=found,
+        kind=kind,
+        boundary=found.boundary(kind, checkpoint_low is not None),
+        device=device,
+        dtype=dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16),
+    )
 
 
 def _assemble(
-    kind: str,
-    base: str,
-    index: dict[str, Any],
-    text_encoder: Path | str | None,
-    vae: Path | str | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    parts: dict[str, Any],
+    found: _Prepared, text_encoder: Path | str | None, vae: Path | str | None, parts: dict[str, Any]
 ) -> Pipeline:
     import diffusers
 
-    encoder, tokenizer = _text(base, text_encoder, device, dtype)
+    assert found.base.index is not None
+    base, device = found.base.name, found.device
+    scheduler = getattr(diffusers, found.base.index["scheduler"][1])
+    encoder, tokenizer = _text(base, text_encoder, device, found.dtype)
     if parts["transformer"].config.image_dim is not None:
         parts = {**parts, **_image_encoder(base, device)}
-    pipe: Pipeline = getattr(diffusers, kind)(
+    pipe: Pipeline = getattr(diffusers, found.kind)(
         tokenizer=tokenizer,
         text_encoder=encoder,
         vae=_vae(base, vae, device),
-        scheduler=_part(getattr(diffusers, index["scheduler"][1]), base, "scheduler"),
+        scheduler=_part(scheduler, base, "scheduler"),
         **parts,
     )
     pipe.set_progress_bar_config(disable=True)
@@ -188,58 +185,6 @@ def _vae(base: str, given: Path | str | None, device: torch.device) -> Any:
     except (OSError, ValueError):
         config = None  # the base need not have the part that this file takes the place of
     return load_vae(given, device, config)
-
-
-def _base_of(checkpoint: Path | str, patch_options: Mapping[str, Any]) -> Path:
-    """The bundled base, if the checkpoint is of the tiny model's sizes; every other needs its own."""
-    from wan_runtime.api import inspect
-
-    reference = patch_options.get("reference")  # of the same model, and never in doubt
-    found = inspect(reference or checkpoint, dialect=None if reference else patch_options.get("dialect"))
-    if found.sizes == inspect(tiny_checkpoint()).sizes:
-        return tiny_base()
-    raise InvalidOption(
-        f"{checkpoint} holds the transformer alone, of {found.variant}. Name the diffusers directory or hub id that "
-        "has its text encoder, VAE, tokenizer and scheduler with --base, such as "
-        "--base Wan-AI/Wan2.1-T2V-14B-Diffusers."
-    )
-
-
-def _pipeline_config(base: str) -> dict[str, Any]:
-    from diffusers import DiffusionPipeline
-
-    try:
-        index: dict[str, Any] = DiffusionPipeline.load_config(base)
-    except (OSError, ValueError) as error:
-        raise InvalidOption(
-            f"--base {base} is not a diffusers directory (with a model_index.json) nor a hub id that can be reached: "
-            f"{error}"
-        ) from error
-    if index.get("_class_name") not in (TEXT, IMAGE):
-        raise InvalidOption(
-            f"--base {base} is a {index.get('_class_name')}; this makes clips with a {TEXT} or a {IMAGE}."
-        )
-    return index
-
-
-def _check_experts(index: dict[str, Any], base: str, two_experts: bool) -> None:
-    if index.get("boundary_ratio") is not None and not two_experts:
-        raise InvalidOption(
-            f"--base {base} is of a model with two experts (boundary_ratio {index['boundary_ratio']}), and one "
-            "checkpoint was given. Give the high-noise file as --checkpoint and the low-noise file as --checkpoint-low."
-        )
-
-
-def _boundary(index: dict[str, Any], base: str, kind: str, two_experts: bool) -> float | None:
-    boundary = index.get("boundary_ratio")
-    if boundary is None:
-        return A14B_BOUNDARY[kind] if two_experts else None
-    if index["_class_name"] != kind:
-        raise InvalidOption(
-            f"--base {base} is of a {index['_class_name']}, and the checkpoints are of a {kind}: the two hand over to "
-            "the low-noise expert at different steps. Give the base of this model."
-        )
-    return float(boundary)
 
 
 def _check_fit(pipe: Pipeline, base: str) -> None:

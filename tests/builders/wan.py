@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -62,6 +66,19 @@ Row = tuple[str, str, tuple[int, ...]]  # original key, diffusers key, shape
 def rows(sizes: Sizes = TINY) -> list[Row]:
     """Every tensor of the model: its key in both spellings and its shape."""
     return [*_top(sizes), *(row for n in range(sizes.layers) for row in _block(sizes, n))]
+
+
+def hollow(path: Path, sizes: Sizes) -> Path:
+    """A bf16 file of a model of any size that takes no room on the disk: its header, then a hole."""
+    header, end = {}, 0
+    for key, _, shape in rows(sizes):
+        start, end = end, end + 2 * math.prod(shape)
+        header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return path
 
 
 def _top(sizes: Sizes) -> Iterator[Row]:
