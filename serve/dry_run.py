@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from .settings import Settings
 
-PATCHING = (
-    "weights",
-    "compute",
-    "backend",
-    "attention",
-    "attention_end_blocks",
-    "attention_end_steps",
-    "dialect",
-)
-
 
 def plan(settings: Settings) -> RenderableType:
     """The settings in words, then for each transformer its dialect, formats, backends, attention and memory.
 
-    The transformers are built on torch's meta device, where tensors have shapes and no bytes, and patched there as they
-    would be for real. Raises what `wan_runtime.load` raises.
+    Raises what `wan_runtime.load_pipeline` raises.
     """
     import wan_runtime
-    from wan_runtime import tiny
 
     if settings.more:
         return Group(*(plan(replace(one, more=())) for one in settings.models.values()))
-    options = settings.pipeline_options()
-    given = {name: options[name] for name in PATCHING if name in options}
-    bundled = Path(tiny.path()) / "transformer"
-    files = [file for file in (settings.checkpoint or bundled, settings.checkpoint_low) if file]
-    models = [wan_runtime.load(file, device="meta", **given) for file in files]
-    # patched already, by load: this only hands out its report
-    reports = [replace(wan_runtime.patch(model), already=False) for model in models]
-    return Group(_settings(settings), *(report.table() for report in reports))
+    planned = wan_runtime.plan_pipeline(**settings.pipeline_options())
+    base = settings.base or "bundled"
+    if planned.base.index is None:
+        base += ", not looked up"
+    return Group(_settings(settings, base), *(report.table() for report in planned.reports))
 
 
-def _settings(settings: Settings) -> Table:
+def _settings(settings: Settings, base: str) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     keys = (
         f"asked for, from {settings.api_keys}" if settings.api_keys else "none: every caller is the same one"
@@ -51,7 +35,7 @@ def _settings(settings: Settings) -> Table:
         "model": settings.model_name,
         "checkpoint": settings.checkpoint or "the bundled tiny model",
         "low-noise expert": settings.checkpoint_low,
-        "base": settings.base or ("bundled" if settings.is_bundled else None),
+        "base": base,
         "text encoder": settings.text_encoder,
         "VAE": settings.vae,
         "device": settings.device or "the GPU if there is one, else the CPU",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from wan_runtime.converting import convert
     from wan_runtime.errors import InvalidRequest, WanRuntimeError
     from wan_runtime.generating import clip_profile, generate
-    from wan_runtime.pipelines import load_pipeline
+    from wan_runtime.pipelines import load_pipeline, plan_pipeline
     from wan_runtime.starting import StartImage, fitted, open_image
     from wan_runtime.video import write_video
 
@@ -43,6 +43,7 @@ _HOME = {
     "frames_for": "asking",
     "generate": "generating",
     "load_pipeline": "pipelines",
+    "plan_pipeline": "pipelines",
     "StartImage": "starting",
     "fitted": "starting",
     "open_image": "starting",
@@ -73,6 +74,7 @@ __all__ = [
     "lora_digests",
     "open_image",
     "patch",
+    "plan_pipeline",
     "unpatch",
     "write_video",
     "written_aside",

@@ -9,7 +9,7 @@ each in the dtype that it needs (the VAE always in fp32), and checked against ea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from wan_runtime.bases import tiny_checkpoint as tiny_checkpoint
 from wan_runtime.errors import InvalidOption
 from wan_runtime.generating import Pipeline
 from wan_runtime.parts import check_given
+from wan_runtime.report import Report
 from wan_runtime.text_encoders import load_text_encoder
 from wan_runtime.vaes import load_vae
 
@@ -71,6 +72,44 @@ def load_pipeline(
     })  # fmt: skip
     _check_fit(pipe, found.base.name)
     return pipe
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """What `load_pipeline` would make: the base, None of its index where the hub was not asked; each transformer's
+    report."""
+
+    base: Base
+    reports: tuple[Report, ...]
+
+
+def plan_pipeline(
+    checkpoint: Path | str | None = None,
+    *,
+    checkpoint_low: Path | str | None = None,
+    base: Path | str | None = None,
+    text_encoder: Path | str | None = None,
+    vae: Path | str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **patch_options: Any,
+) -> PipelinePlan:
+    """What `load_pipeline` would make of the same arguments, with nothing kept in memory and no network.
+
+    The transformers are built on torch's meta device, where tensors have shapes and no bytes, and patched there as they
+    would be for real; of the other parts what can be told without loading is checked. A base that may be a hub id is
+    not looked up. Raises what `load_pipeline` raises.
+    """
+    from wan_runtime.api import load, patch
+
+    checkpoint = checkpoint or tiny_checkpoint()
+    found = _prepare(
+        checkpoint, checkpoint_low, base, text_encoder, vae, device, dtype, patch_options, look_up=False
+    )
+    files = [file for file in (checkpoint, checkpoint_low) if file is not None]
+    models = [load(file, device="meta", dtype=found.dtype, **patch_options) for file in files]
+    # patched already, by load: this only hands out its report
+    return PipelinePlan(found.base, tuple(replace(patch(model), already=False) for model in models))
 
 
 @dataclass(frozen=True)

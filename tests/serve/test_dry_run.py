@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
 
 import wan_runtime
+from tests.builders.wan import Sizes, hollow
 from tests.serve.test_cli import invoke
+from wan_runtime.pipelines import tiny_base, tiny_checkpoint
 
 TINY = "models/tiny/transformer/diffusion_pytorch_model.safetensors"
 
@@ -19,6 +25,7 @@ def test_the_plan_of_the_bundled_model_is_printed_and_nothing_is_opened(tmp_path
         "plain",
         "attention:",
         "parameters ",
+        "computing in float32",  # as it would be on this CPU
         "127.0.0.1, port 8000",
     ):
         assert told in result.output
@@ -46,3 +53,52 @@ def test_what_could_not_be_served_is_said_with_the_status_1(tmp_path: Path) -> N
     file.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00notjson!")
     result = invoke("--dry-run", "--checkpoint", str(file))
     assert (result.exit_code, "could not serve this" in result.output) == (1, True), result.output
+
+
+def of_seven_blocks(folder: Path) -> Path:
+    """The tiny model with a block more, so that the bundled base is not taken for its own."""
+    weights = load_file(tiny_checkpoint())
+    last = {name.replace("blocks.5.", "blocks.6."): tensor.clone() for name, tensor in weights.items()}
+    save_file({**weights, **last}, folder / "deeper.safetensors")
+    return folder / "deeper.safetensors"
+
+
+def starting_says(*options: str) -> str:
+    """The words with which loading fails, as the worker of a real start loads."""
+    arguments: dict[str, Any] = dict(
+        zip((option.strip("-") for option in options[::2]), options[1::2], strict=True)
+    )
+    with pytest.raises(wan_runtime.WanRuntimeError) as refused:
+        wan_runtime.load_pipeline(**arguments)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        (None, "no release of these sizes is known"),
+        ("gone/folder/of/parts", "there is no such directory"),
+        (".", "model_index.json"),
+    ],
+)
+def test_a_base_that_is_missing_or_none_is_refused_in_the_words_of_the_start(
+    tmp_path: Path, base: str | None, said: str
+) -> None:
+    options = ["--checkpoint", str(of_seven_blocks(tmp_path)), *(["--base", base] if base else [])]
+    result = invoke("--dry-run", *options)
+    assert (result.exit_code, said in result.output) == (1, True), result.output
+    assert starting_says(*options) in result.output
+
+
+def test_the_release_of_a_big_model_is_named_without_reading_it(tmp_path: Path) -> None:
+    file = hollow(tmp_path / "big.safetensors", Sizes(dim=1536, ffn=8960, layers=30, text=4096, freq=256))
+    result = invoke("--dry-run", "--checkpoint", str(file))
+    assert (result.exit_code, "--base Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in result.output) == (1, True)
+
+
+def test_a_hub_id_is_not_looked_up(tmp_path: Path) -> None:
+    file = str(of_seven_blocks(tmp_path))
+    result = invoke("--dry-run", "--checkpoint", file, "--base", "somebody/wan-of-seven-blocks")
+    assert (result.exit_code, "somebody/wan-of-seven-blocks, not looked up" in result.output) == (0, True)
+    result = invoke("--dry-run", "--checkpoint", file, "--base", str(tiny_base()))
+    assert (result.exit_code, "not looked up" in result.output) == (0, False), result.output
