@@ -41,6 +41,9 @@ def test_a_plain_file_loads_and_the_report_says_it_is_plain(plain: Path) -> None
     model = transformer(seed=2)
     report = wan_runtime.patch(model, plain)
     assert not report.quantised and any("not quantised" in note for note in report.notes)
+    assert not any("input scales" in note for note in report.notes), "it quantises no activations"
+    said = wan_runtime.patch(transformer(), plain, weights="fp8").notes
+    assert not any("not quantised" in note or "input scales" in note for note in said), "it was just done"
     model.to(torch.float32)
     assert error(run(model), run(transformer())) < 5e-3
 
@@ -63,6 +66,9 @@ def test_static_activation_needs_every_input_scale(tmp_path: Path) -> None:
     path = content.write(tmp_path / "none")
     with pytest.raises(InvalidOption, match=r"20 have none, the first 'blocks\.0\.attn1\.to_q'"):
         wan_runtime.patch(transformer(), path, activation="static")
+    assert any(
+        "no input scales, and needs none" in note for note in wan_runtime.patch(transformer(), path).notes
+    )
     scaled = with_input_scales(content)
     path = scaled.write(tmp_path / "all")
     model = transformer()

@@ -151,11 +151,10 @@ def notes(
         said.append(
             f"By its name the file is the {noise}-noise expert of a two-expert model; nothing in it says so."
         )
-    if checkpoint is not None and not checkpoint.layers:
+    if checkpoint is not None and not checkpoint.layers and not computes:
         said.append("The file is not quantised; pass weights='fp8' to quantise it while loading.")
-    if checkpoint is not None and not any(
-        s.slot == "input_scale" for la in checkpoint.layers.values() for s in la.sources
-    ):
+    layers = checkpoint.layers.values() if checkpoint is not None else ()
+    if layers and not any(source.slot == "input_scale" for layer in layers for source in layer.sources):
         said.append(
             "The file has no input scales, and needs none: activations are quantised by their own values."
         )
