@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import wan_runtime
 from tests.builders import files, seed, wan
+from tests.reading import content
 from wan_runtime.cli import app
 from wan_runtime.converting import targets
 
@@ -236,6 +237,16 @@ def test_what_no_model_can_make_is_refused_before_one_is_read(option: str, value
     assert status == 2
     assert said in error and "none.safetensors" not in error
     assert quick("generate", "--prompt", " ", "--checkpoint", "none.safetensors")[0] == 2
+
+
+def test_inspect_tells_the_producer_by_the_file_that_the_weights_were_made_from(tmp_path: Path) -> None:
+    wanted = content("comfy", "nvfp4")
+    wanted.tensors = {k: t for k, t in wanted.tensors.items() if not k.endswith("comfy_quant")}
+    file, reference = wanted.write(tmp_path), files.Content(wan.state()).write(tmp_path / "reference")
+    status, _, said = quick("inspect", file)
+    assert status == 1 and "`wan-runtime inspect --reference FILE` tells the producer" in said
+    status, out, said = quick("inspect", file, "--reference", reference, "--json")
+    assert (status, said) == (0, "") and json.loads(out)[0]["dialect"] == "comfy"
 
 
 @pytest.mark.parametrize("arguments", [("convert", "a"), ("nonsense",), ("inspect", "--nonsense")])

@@ -156,9 +156,14 @@ def unpatch(model: nn.Module) -> None:
         blocks.restore(model)
 
 
-def inspect(path: Path | str, *, dialect: str | None = None) -> Inspection:
-    """What a checkpoint file is, from its header and small markers alone: no weights are read, no device is touched."""
-    return inspect_checkpoint(path, dialect)
+def inspect(
+    path: Path | str, *, dialect: str | None = None, reference: Path | str | None = None
+) -> Inspection:
+    """What a checkpoint file is, from its header and small markers alone: no weights are read, no device is touched.
+
+    Only a `reference`, the bf16 file that it was made from, is held against its weights, a few layers of them.
+    """
+    return inspect_checkpoint(path, dialect, reference)
 
 
 def _patterns(skip: str | tuple[str, ...]) -> tuple[str, ...]:

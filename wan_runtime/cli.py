@@ -64,6 +64,7 @@ def main(
 def inspect(
     files: Annotated[list[Path], typer.Argument(help="Checkpoints (.safetensors) or folders that hold one.")],
     dialect: Dialect = None,
+    reference: Reference = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a checkpoint is and who wrote it, from its header alone. A bad file does not hide the others."""
@@ -76,7 +77,7 @@ def inspect(
     statuses = [0]
     for file in files:
         try:
-            result = inspect_checkpoint(file, dialect)
+            result = inspect_checkpoint(file, dialect, reference)
         except WanRuntimeError as error:
             complain(str(error))
             statuses.append(status_of(error))

@@ -76,7 +76,8 @@ class AmbiguousDialect(CheckpointError):
             path,
             f"the file can be read in {len(candidates)} ways that give different weights ({readings}). {why} A wrong "
             f"guess renders as noise, so nothing was loaded. Name the producer with {flags} (dialect=... in Python), "
-            "or give the bf16 file it was made from with --reference FILE.",
+            "or give the bf16 file it was made from with --reference FILE; `wan-runtime inspect --reference FILE` "
+            "tells the producer where a command has no such option.",
         )
 
 

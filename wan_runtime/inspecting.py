@@ -81,9 +81,11 @@ class Inspection:
         return as_text(self.table())
 
 
-def inspect_checkpoint(path: Path | str, dialect: str | None = None) -> Inspection:
+def inspect_checkpoint(
+    path: Path | str, dialect: str | None = None, reference: Path | str | None = None
+) -> Inspection:
     """Open a file and describe it. Raises as open_checkpoint does."""
-    checkpoint = open_checkpoint(path, dialect=dialect)
+    checkpoint = open_checkpoint(path, dialect=dialect, reference=reference)
     header = checkpoint.header
     variant = dataclasses.asdict(checkpoint.variant)
     name = str(variant.pop("name"))
