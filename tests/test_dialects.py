@@ -121,8 +121,12 @@ def test_what_a_dialect_writes_is_what_its_producer_writes(
 
 def test_an_unknown_dialect_lists_the_known_ones(tmp_path: Path) -> None:
     header = read_header(content("plain", "none").write(tmp_path))
-    with pytest.raises(UnknownName, match=r"no dialect named 'comfyui'\. Known: comfy, comfy_scaled_fp8"):
+    with pytest.raises(
+        UnknownName, match=r"no dialect named 'comfyui'\. Known: comfy, comfy_.*Did you mean comfy\?"
+    ):
         identify(header, "comfyui")
+    with pytest.raises(UnknownName, match=r"turbodiffusion\.$"):
+        identify(header, "kohya")
 
 
 @pytest.mark.parametrize(("number", "cols"), [(1, 1), (64, 320), (128, 8), (130, 5), (256, 96), (300, 33)])

@@ -169,3 +169,28 @@ def test_a_text_encoder_or_a_lora_is_no_transformer(host: torch.nn.Module, tmp_p
     refused(
         host, files.Content(lora).write(tmp_path / "lora"), CheckpointError, "is a LoRA", "load_lora_weights"
     )
+
+
+@pytest.mark.parametrize(
+    ("dialect", "weight_format", "wrong"),
+    [("comfy", "nvfp4", "modelopt"), ("comfy", "fp8", "comfy_scaled_fp8"), ("lightx2v", "nvfp4", "plain")],
+)
+def test_a_wrong_name_is_told_what_the_file_says(
+    tmp_path: Path, dialect: str, weight_format: str, wrong: str
+) -> None:
+    path = content(dialect, weight_format).write(tmp_path)
+    right = open_checkpoint(path)
+    with pytest.raises(CheckpointError) as told:
+        open_checkpoint(path, dialect=wrong)
+    assert f"Leave --dialect (dialect=... in Python) out: the file is then read as {dialect}" in str(
+        told.value
+    )
+    assert right.dialect.name == dialect and right.evidence.endswith(str(told.value)[:-2].rpartition("(")[2])
+
+
+def test_a_right_name_of_a_damaged_file_is_not_told_to_go(tmp_path: Path) -> None:
+    wanted = content("comfy", "nvfp4")
+    del wanted.tensors[f"{FIRST}.weight_scale"]
+    with pytest.raises(CheckpointError, match="its weight_scale is missing") as told:
+        open_checkpoint(wanted.write(tmp_path), dialect="comfy")
+    assert "Leave --dialect" not in str(told.value)

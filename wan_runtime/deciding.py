@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from wan_runtime import evidence
-from wan_runtime.dialects import DIALECTS, Dialect, Layer, identify
+from wan_runtime.dialects import DIALECTS, Dialect, Layer, Reading, identify
 from wan_runtime.errors import AmbiguousDialect, CheckpointError
 from wan_runtime.header import Header
 
@@ -25,7 +26,34 @@ def decide(header: Header, named: str | None = None) -> tuple[Dialect, str]:
         dialect, because = identify(header, named)
     except AmbiguousDialect as ambiguous:
         return _by_layout(header, ambiguous)
-    return dialect, because
+    return dialect if named is None else _insisted(dialect), because
+
+
+def _insisted(dialect: Dialect) -> Dialect:
+    """A dialect that the caller named. Where the file cannot be read as it, the error says what its marks say too."""
+
+    def read(header: Header) -> Reading:
+        try:
+            return dialect.read(header)
+        except CheckpointError as error:
+            error.args = (f"{error}{_otherwise(header, dialect)}",)
+            raise
+
+    return replace(dialect, read=read)
+
+
+def _otherwise(header: Header, named: Dialect) -> str:
+    """The remedy for a wrong name, or "" where the file does not say a better one."""
+    try:
+        marked, because = decide(header)
+    except CheckpointError:
+        return ""
+    if marked.name == named.name:
+        return ""
+    return (
+        f" It was read as {named.name} because the caller named that. Leave --dialect (dialect=... in Python) out: the "
+        f"file is then read as {marked.name} ({because})."
+    )
 
 
 def _by_layout(header: Header, ambiguous: AmbiguousDialect) -> tuple[Dialect, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +23,9 @@ class UnknownName(WanRuntimeError, KeyError):
 
     def __init__(self, kind: str, name: str, known: Sequence[str]) -> None:
         self.kind, self.name, self.known = kind, name, tuple(known)
-        super().__init__(f"There is no {kind} named {name!r}. Known: {', '.join(known)}.")
+        near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+        meant = f" Did you mean {near[0]}?" if near else ""
+        super().__init__(f"There is no {kind} named {name!r}. Known: {', '.join(known)}.{meant}")
 
     def __str__(self) -> str:  # KeyError would print the repr of the message
         return str(self.args[0])
