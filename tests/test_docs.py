@@ -42,3 +42,12 @@ def test_every_make_target_that_a_page_names_exists(root: Path, page: str) -> No
     named = set(re.findall(r"(?:`|^)make ([a-z]+)\b", (root / page).read_text(), flags=re.MULTILINE))
     known = subprocess.run(["make", "help"], cwd=root, capture_output=True, text=True, check=True).stdout
     assert named <= set(re.findall(r"^make (\w+)", known, flags=re.MULTILINE))
+
+
+def test_a_curl_that_writes_a_file_writes_no_error_into_it(root: Path) -> None:
+    """Without -f it would save the JSON of an error under the file's name, and succeed."""
+    lines = [
+        line for path in sources(root, ".md") for line in re.findall(r"^curl .*", path.read_text(), re.M)
+    ]
+    writing = [line for line in lines if re.search(r" -o\b", line)]
+    assert writing and all(re.match(r"curl -\w*f", line) for line in writing)
