@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from timing import milliseconds
 
 from wan_runtime.kernels import attention_output, gelu_quantize, norm_modulate, norm_rope, residual_norm
 from wan_runtime.kernels._launch import Launch, launch_at
@@ -50,7 +51,6 @@ NARROW = tuple(
 )
 
 
-WAIT = 1_000_000  # cycles, some half a millisecond
 NO_CHOICE = {0: Launch()}  # of kernels that have one launch
 
 
@@ -129,18 +129,8 @@ def cases(tokens: int, width: int, ffn: int) -> dict[str, Case]:
 
 
 def median(call: Callable[[], object], rounds: int = 9) -> float:
-    """Milliseconds on the GPU, which waits until a round is queued: Python takes longer than some kernels."""
-    taken = []
-    for number in range(rounds + 2):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(WAIT)
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        if number > 1:
-            taken.append(start.elapsed_time(stop))
-    return float(statistics.median(taken))
+    """Milliseconds on the GPU, after two rounds that are not counted."""
+    return float(statistics.median([milliseconds(call) for _ in range(rounds + 2)][2:]))
 
 
 def copy_rate() -> float:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peers import kitchen_linear, te_linear
+from timing import milliseconds
 from torch import nn
 
 from wan_runtime.backends import backend_named
@@ -23,7 +24,6 @@ from wan_runtime.formats import FORMATS
 from wan_runtime.linear import QuantLinear
 from wan_runtime.plan import Options, choose
 
-WAIT = 2_000_000  # cycles, some millisecond
 SHAPES = {  # tokens, in, out
     "14B qkvo": (32760, 5120, 5120),
     "14B ffn.0": (32760, 5120, 13824),
@@ -73,17 +73,6 @@ CONTENDERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "kitchen fp8": kitchen_linear,
     "te fp8": te_linear,
 }
-
-
-def milliseconds(call: Callable[[], object]) -> float:
-    """On the GPU, which waits until the call is queued: in a model Python is far ahead of it."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(WAIT)
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop))
 
 
 def median(call: Callable[[], object], rounds: int) -> float:

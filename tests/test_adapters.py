@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from tests.test_cli import quick
 from wan_runtime.adapters import list_loras, lora_digests
 from wan_runtime.asking import ClipRequest
+from wan_runtime.bases import tiny_checkpoint
 from wan_runtime.errors import InvalidOption, InvalidRequest
 from wan_runtime.generating import clip_profile, generate
 from wan_runtime.names import SPELLINGS, to_original
-from wan_runtime.pipelines import load_pipeline, tiny_checkpoint
+from wan_runtime.pipelines import load_pipeline
 
 PROMPT = "a large red circle moving right on a black background"
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "num_frames": 5, "num_inference_steps": 2, "seed": 1}

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 import wan_runtime
 from tests.builders import wan
+from wan_runtime.bases import tiny_base, tiny_checkpoint
 from wan_runtime.calibrating import read_prompts, recorded
 from wan_runtime.cli import app
 from wan_runtime.errors import InvalidOption, WanRuntimeError
-from wan_runtime.pipelines import tiny_base, tiny_checkpoint
 
 PROMPTS = ("a large red circle moving right on a black background", "a small blue square")
 REQUEST = {"width": 64, "height": 32, "num_frames": 5, "num_inference_steps": 2}

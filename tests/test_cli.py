@@ -258,7 +258,7 @@ def test_wrong_usage_exits_with_two(arguments: tuple[str, ...]) -> None:
 def test_generate_writes_the_clip_that_a_converted_file_makes(tmp_path: Path) -> None:
     import av
 
-    from wan_runtime.pipelines import tiny_checkpoint
+    from wan_runtime.bases import tiny_checkpoint
 
     new, clip = tmp_path / "tiny-nvfp4.safetensors", tmp_path / "clip.mp4"
     wan_runtime.convert(tiny_checkpoint(), new, "modelopt-nvfp4", "original")

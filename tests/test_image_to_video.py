@@ -19,9 +19,10 @@ from tests.builders import image_to_video
 from tests.builders.image_to_video import SMALL
 from tests.test_cli import quick
 from wan_runtime.asking import ClipRequest
+from wan_runtime.bases import tiny_base, tiny_checkpoint
 from wan_runtime.errors import InvalidOption, InvalidRequest
 from wan_runtime.generating import clip_profile, generate
-from wan_runtime.pipelines import load_pipeline, tiny_base, tiny_checkpoint
+from wan_runtime.pipelines import load_pipeline
 from wan_runtime.starting import StartImage, open_image
 
 PROMPT = "a large red circle moving right on a black background"

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.builders.wan import Sizes, state
+from wan_runtime.bases import tiny_base
 from wan_runtime.errors import InvalidOption
 from wan_runtime.parts import check_given
-from wan_runtime.pipelines import tiny_base
 
 
 @pytest.fixture(scope="module")

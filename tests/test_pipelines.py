@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.builders import files
 from tests.builders.wan import Sizes, hollow
-from wan_runtime.bases import RELEASES
+from wan_runtime.bases import RELEASES, tiny_base, tiny_checkpoint
 from wan_runtime.errors import CheckpointError, InvalidOption, UnaccountedTensors
 from wan_runtime.generating import clip_profile, generate
 from wan_runtime.linear import QuantLinear
 from wan_runtime.names import to_original
 from wan_runtime.names._variants import KNOWN
-from wan_runtime.pipelines import load_pipeline, tiny_base, tiny_checkpoint
+from wan_runtime.pipelines import load_pipeline
 from wan_runtime.vaes import names_of
 
 

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from tests.builders import files
 from tests.hosts.diffusers import error
+from wan_runtime.bases import tiny_base
 from wan_runtime.errors import BadTensor, CheckpointError, UnaccountedTensors
 from wan_runtime.linear import QuantLinear
 from wan_runtime.names import to_original
-from wan_runtime.pipelines import tiny_base
 from wan_runtime.text_encoders import UMT5, load_text_encoder, open_text_encoder
 
 State = dict[str, torch.Tensor]

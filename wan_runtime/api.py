@@ -159,9 +159,10 @@ def unpatch(model: nn.Module) -> None:
 def inspect(
     path: Path | str, *, dialect: str | None = None, reference: Path | str | None = None
 ) -> Inspection:
-    """What a checkpoint file is, from its header and small markers alone: no weights are read, no device is touched.
+    """What a checkpoint file is, from its header and small markers; no device is touched.
 
-    Only a `reference`, the bf16 file that it was made from, is held against its weights, a few layers of them.
+    Of the weights only a few layers are read, and only where the caller named a `dialect`, which they may contradict,
+    or a `reference`, the bf16 file that it was made from.
     """
     return inspect_checkpoint(path, dialect, reference)
 

@@ -66,9 +66,9 @@ class Base:
 
 def tiny_base() -> Path:
     """The bundled tiny pipeline, a diffusers directory."""
-    from wan_runtime import tiny
+    from wan_runtime.tiny import path
 
-    return Path(tiny.path())
+    return Path(path())
 
 
 def tiny_checkpoint() -> Path:

@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan_runtime.bases import Base, base_of, kind_of
-from wan_runtime.bases import tiny_base as tiny_base
-from wan_runtime.bases import tiny_checkpoint as tiny_checkpoint
+from wan_runtime.bases import Base, base_of, kind_of, tiny_checkpoint
 from wan_runtime.errors import InvalidOption
 from wan_runtime.generating import Pipeline
 from wan_runtime.parts import check_given

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from wan_runtime.pipelines import tiny_base, tiny_checkpoint
+from wan_runtime.bases import tiny_base, tiny_checkpoint
 
 IMAGE_WIDTH = 64
 SMALL: dict[str, Any] = {

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from tests.builders import image_to_video
 from tests.test_adapters import draw, original_names
 from tests.test_image_to_video import ask, picture
+from wan_runtime.bases import tiny_base, tiny_checkpoint
 from wan_runtime.generating import generate
-from wan_runtime.pipelines import load_pipeline, tiny_base, tiny_checkpoint
+from wan_runtime.pipelines import load_pipeline
 
 pytestmark = pytest.mark.gpu
 

@@ -12,9 +12,10 @@ import torch
 import wan_runtime
 from tests.gpu.test_offload_gpu import ENABLE, WHOLE_BLOCKS
 from tests.hosts.diffusers import error, latents, pipeline, transformer
+from wan_runtime.bases import tiny_base
 from wan_runtime.errors import BackendUnavailable
 from wan_runtime.linear import quantised_layers
-from wan_runtime.pipelines import load_pipeline, tiny_base
+from wan_runtime.pipelines import load_pipeline
 from wan_runtime.tiny import checker, drawing, variants
 from wan_runtime.tiny.drawing import Ask
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import wan_runtime
 from tests.builders.wan import Sizes, hollow
 from tests.serve.test_cli import invoke
-from wan_runtime.pipelines import tiny_base, tiny_checkpoint
+from wan_runtime.bases import tiny_base, tiny_checkpoint
 
 TINY = "models/tiny/transformer/diffusion_pytorch_model.safetensors"
 

@@ -18,7 +18,7 @@ from tests.builders import image_to_video
 from tests.serve.conftest import QUICK, Server, running, wait_for
 from tests.serve.test_cli import invoke
 from tests.serve.test_start_images import photograph
-from wan_runtime.pipelines import tiny_base, tiny_checkpoint
+from wan_runtime.bases import tiny_base, tiny_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 PROMPT = "a large red circle moving right on a black background"

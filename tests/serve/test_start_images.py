@@ -23,7 +23,7 @@ from PIL import Image
 from tests.builders import image_to_video
 from tests.serve.conftest import QUICK, Server, running, same_clip, wait_for
 from tests.test_starting import REFUSED as BAD_IMAGES
-from wan_runtime.pipelines import tiny_base, tiny_checkpoint
+from wan_runtime.bases import tiny_base, tiny_checkpoint
 from wan_runtime.starting import MAX_BYTES
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")

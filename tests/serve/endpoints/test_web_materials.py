@@ -17,7 +17,7 @@ from tests.serve.conftest import Server, running
 from tests.serve.endpoints.test_web import SECONDS, ask, only, plays, visit
 from tests.serve.endpoints.test_web import browser as browser
 from tests.test_adapters import original_names
-from wan_runtime.pipelines import tiny_checkpoint
+from wan_runtime.bases import tiny_checkpoint
 
 PROMPT = "a large red circle moving right on a black background"
 
