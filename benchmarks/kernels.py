@@ -88,6 +88,9 @@ def cases(tokens: int, width: int, ffn: int) -> dict[str, Case]:
     return {
         "norm_modulate": Case(width, 3 * quantised, norm_modulate.LAUNCHES, lambda how: norm(x, one, True, how)),
         "norm_modulate of two": Case(width, 3 * quantised, norm_modulate.LAUNCHES, lambda how: norm(x, two, True, how)),
+        "norm_modulate, offset": Case(
+            width, 3 * quantised, norm_modulate.OFFSET_LAUNCHES, lambda how: norm(x, one, True, how, offset=bias)
+        ),
         "residual_norm": Case(
             width, 7 * quantised, residual_norm.LAUNCHES,
             lambda how: residual(y, bias, gate, stream, None, one, True, into=stream, launch=how),
@@ -95,6 +98,10 @@ def cases(tokens: int, width: int, ffn: int) -> dict[str, Case]:
         "residual_norm of two": Case(
             width, 7 * quantised, residual_norm.LAUNCHES,
             lambda how: residual(y, bias, gates, stream, index, two, True, into=stream, launch=how),
+        ),
+        "residual_norm, no residual": Case(
+            width, 5 * quantised, residual_norm.OFFSET_LAUNCHES,
+            lambda how: residual(x, bias, None, None, None, one, True, into=y, launch=how),
         ),
         "residual_norm, no norm": Case(
             width, 6 * quantised, residual_norm.PLAIN_LAUNCHES,

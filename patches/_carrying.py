@@ -12,6 +12,7 @@ from torch import nn
 from . import _fused
 from ._modulation import rows_of
 from ._shared import Modulation, Shared
+from ._stream import Following
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,17 @@ def run(
     shared.blocks[number] = place.block
     carried = shared.take(number, stream, steps)
     modulation, index = rows_of(own, steps, batch, tokens, shared) if carried is None else carried.modulation
-    rows = None if carried is None else carried.rows
+    begun = None if carried is None else carried.begun
     entrance = _following(place, stream)
     following = after = None
     if entrance is not None:
         after = rows_of(entrance.own, steps, batch, tokens, shared)
         following = _first_norm(entrance, after)
-    result, rows = _fused.forward(
-        parts, stream, modulation, index, table, context, kernels, rows=rows, following=following
+    result, next_begun = _fused.forward(
+        parts, stream, modulation, index, table, context, kernels, begun=begun, following=following
     )
-    if after is not None:
-        shared.carry(number + 1, result, steps, after, rows)
+    if after is not None and next_begun is not None:
+        shared.carry(number + 1, result, steps, after, next_begun)
     return result
 
 
@@ -78,10 +79,10 @@ def _following(place: Place, stream: torch.Tensor) -> Entrance | None:
     return None if entrance is None or entrance.own.device != stream.device else entrance
 
 
-def _first_norm(entrance: Entrance, made: Modulation) -> _fused.Following:
+def _first_norm(entrance: Entrance, made: Modulation) -> Following:
     """A block's first norm under its modulation."""
     from wan_runtime.kernels import norm_modulate
 
     modulation, index = made
     norm1 = norm_modulate.Modulation(modulation[:, 1], modulation[:, 0], entrance.eps, index=index)
-    return _fused.Following(norm1, _fused.coded_input(entrance.self_attention))
+    return Following(norm1, _fused.coded_input(entrance.self_attention))

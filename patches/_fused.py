@@ -18,6 +18,8 @@ from wan_runtime.attention import Attend
 from wan_runtime.kernels._codes import OF_COMPUTE, Codes
 from wan_runtime.linear import QuantLinear
 
+from ._stream import Begun, Following, Stream, add, end, multiply, settled
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -79,14 +81,6 @@ class Context:
     image: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class Following:
-    """The first norm of the block that comes next, a kernels' Modulation, and how its products take their input."""
-
-    norm1: Any
-    codes: Codes
-
-
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # both [batch, tokens, heads, head]
 
 
@@ -127,14 +121,6 @@ def hooked(module: nn.Module) -> str | None:
     return None
 
 
-def multiply(module: nn.Module, rows: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A linear's product, and the bias that is still to be added to it (fp32), or None where it is in already."""
-    if rows.scale is None:
-        return module(rows.values), None
-    assert isinstance(module, QuantLinear) and module.coded is not None
-    return module.coded(rows.values, rows.scale, module.slots, rows.whole), module.bias
-
-
 def keys_and_values(
     k: nn.Module, v: nn.Module, norm_k: nn.Module, heads: int, tokens: torch.Tensor, kernels: Any
 ) -> KeysValues:
@@ -171,9 +157,9 @@ def forward(
     context: list[KeysValues],
     kernels: Any,
     *,
-    rows: Any = None,
+    begun: Begun | None = None,
     following: Following | None = None,
-) -> tuple[torch.Tensor, Any]:
+) -> tuple[torch.Tensor, Begun | None]:
     """One block.
 
     Args:
@@ -183,45 +169,42 @@ def forward(
         table: rotary table [tokens, head] of norm_rope, or None.
         context: K and V of the text, then of the image where there is one.
         kernels: wan_runtime.kernels.fused.TRITON, or TWINS.
-        rows: what this block's first norm makes of x, where the block before has made it.
+        begun: what the block before has made of x for this one.
         following: the first norm of the block after this one, to be made in the pass that ends this block.
 
-    Returns the stream after the block, a new tensor, and its Rows for the block after it (None without `following`).
+    Returns the stream after the block, a new tensor, and what the block after it begins with (None without
+    `following`).
     """
     from wan_runtime.kernels.norm_modulate import Modulation
 
     batch, tokens, width = x.shape
     me, cross = block.self_attention, block.cross_attention
-    stream = x.reshape(batch * tokens, width)
+    stream = Stream(x.reshape(batch * tokens, width))
     shift, scale, gate, shift3, scale3, gate3 = modulation.unbind(1)
 
-    if rows is None:
-        rows = kernels.norm_modulate(
-            stream, Modulation(scale, shift, block.eps1, index=index), coded_input(me)
-        )
+    if begun is None:
+        norm1 = Modulation(scale, shift, block.eps1, index=index)
+        rows = kernels.norm_modulate(stream.values, norm1, coded_input(me))
+    else:
+        rows, stream = begun.rows, begun.stream or stream
     attended, v_bias = _self_attention(me, rows, batch, tokens, table, kernels)
     rows = kernels.attention_output(attended, v_bias, None, takes_codes(me.o))
-    y, bias = multiply(me.o, rows)
 
-    if block.norm2 is None:
-        stream, _ = kernels.residual_norm(y, bias, gate, stream, index, None, False)
-        rows = _plain(stream)
-    else:
-        stream, rows = kernels.residual_norm(
-            y, bias, gate, stream, index, _affine(block.norm2), takes_codes(cross.q)
-        )
-    y, bias = _cross_attention(cross, rows, batch, tokens, context, kernels)
+    norm2 = None if block.norm2 is None else _affine(block.norm2)
+    codes = Codes.PLAIN if norm2 is None else takes_codes(cross.q)
+    stream, rows = add(stream, me.o, rows, gate, index, norm2, codes, kernels)
+    if norm2 is None:
+        stream = settled(stream, kernels)
+        rows = _plain(stream.values)
+    rows = _cross_attention(cross, rows, batch, tokens, context, kernels)
 
     norm3 = Modulation(scale3, shift3, block.eps3, index=index)
-    stream, rows = kernels.residual_norm(
-        y, bias, None, stream, None, norm3, takes_codes(block.up), into=stream
-    )
+    stream, rows = add(stream, cross.o, rows, None, index, norm3, takes_codes(block.up), kernels)
     hidden, bias = multiply(block.up, rows)
-    y, bias = multiply(block.down, kernels.gelu_quantize(hidden, bias, takes_codes(block.down)))
+    rows = kernels.gelu_quantize(hidden, bias, takes_codes(block.down))
     del hidden
-    after, codes = (None, Codes.PLAIN) if following is None else (following.norm1, following.codes)
-    stream, rows = kernels.residual_norm(y, bias, gate3, stream, index, after, codes, into=stream)
-    return stream.view(batch, tokens, width), rows
+    total, next_begun = end(stream, block.down, rows, gate3, index, following, kernels)
+    return total.view(batch, tokens, width), next_begun
 
 
 def coded_input(part: SelfAttention) -> Codes:
@@ -268,8 +251,8 @@ def _codes(
 
 def _cross_attention(
     part: CrossAttention, rows: Any, batch: int, tokens: int, context: list[KeysValues], kernels: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The product of cross-attention's output projection, and its bias where it is still to be added."""
+) -> Any:
+    """What cross-attention gives, as Rows for its output projection."""
     q, q_bias = multiply(part.q, rows)
     q = kernels.norm_rope(q, q_bias, weight_of(part.norm_q), eps_of(part.norm_q), None)
     q = q.view(batch, tokens, part.heads, -1)
@@ -278,7 +261,7 @@ def _cross_attention(
         for key, value in context
     ]
     other = attended[1] if len(attended) > 1 else None
-    return multiply(part.o, kernels.attention_output(attended[0], None, other, takes_codes(part.o)))
+    return kernels.attention_output(attended[0], None, other, takes_codes(part.o))
 
 
 def _affine(norm: nn.LayerNorm) -> Any:

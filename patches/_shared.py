@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ._fused import KeysValues
+from ._stream import Begun
 
 Modulation = tuple[torch.Tensor, torch.Tensor | None]  # what _modulation.rows_of gives
 Folded = tuple[torch.Tensor, torch.Tensor]  # what norm_rope.bounded gives
@@ -36,14 +37,14 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Carried:
-    """What a block has made for the one after it: its `modulation` of `temb`, and `rows`, of the stream that the block
-    gave, under that."""
+    """What a block has made for the one after it: its `modulation` of `temb`, and what it has `begun` with that, of the
+    `stream` that the block gave."""
 
     stream: torch.Tensor
     version: int
     temb: torch.Tensor
     modulation: Modulation
-    rows: Any
+    begun: Begun
 
     def is_for(self, stream: torch.Tensor, temb: torch.Tensor) -> bool:
         """Whether a block is given what it was made for, and nothing has been written into that since."""
@@ -106,10 +107,10 @@ class Shared:
         return None
 
     def carry(
-        self, number: int, stream: torch.Tensor, temb: torch.Tensor, modulation: Modulation, rows: Any
+        self, number: int, stream: torch.Tensor, temb: torch.Tensor, modulation: Modulation, begun: Begun
     ) -> None:
-        """Keep rows of `stream` for the block of a number."""
-        self.carried[number] = Carried(stream, stream._version, temb, modulation, rows)
+        """Keep what is begun of `stream` for the block of a number."""
+        self.carried[number] = Carried(stream, stream._version, temb, modulation, begun)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

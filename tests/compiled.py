@@ -83,9 +83,12 @@ def cases(width: int, ffn: int, dtype: torch.dtype) -> dict[str, Callable[[], ob
             }.items()
         },
         "norm_modulate": lambda: norm_modulate(x, one, True),
+        "norm_modulate of an offset": lambda: norm_modulate(x, one, True, offset=bias),
         "norm_modulate, an entry a token": lambda: norm_modulate(x, two, True),
         "residual_norm": lambda: residual_norm(x, bias, table[:1, 2], x, None, one, True),
         "residual_norm, an entry a token": lambda: residual_norm(x, bias, table[:, 2], x, index, two, True),
+        "residual_norm without a residual": lambda: residual_norm(x, bias, None, None, None, one, True),
+        "residual_norm without either": lambda: residual_norm(x, bias, None, None, None, None, False, into=x),
         "residual_norm without a norm": lambda: residual_norm(x, bias, table[:1, 2], x, None, None, False),
         "norm_rope": lambda: norm_rope(x, bias, bias, EPS, angles),
         "norm_rope to codes": lambda: norm_rope(x, bias, bias, EPS, angles, codes),

@@ -97,6 +97,48 @@ def test_norm_modulate_without_the_one_is_an_affine_layer_norm() -> None:
     assert_twins(norm_modulate(x, modulation, False), norm_modulate_torch(x, modulation, False))
 
 
+@pytest.mark.parametrize("codes", [True, False])
+@pytest.mark.parametrize("entries", [1, 3])
+def test_norm_modulate_of_values_that_lack_an_offset(entries: int, codes: bool) -> None:
+    tokens, width = SHAPES[-1]
+    x, table = draw(tokens, width, seed=1, dtype=torch.bfloat16), draw(entries, 6, width, seed=2)
+    offset = 3 * draw(width, seed=3)
+    index = index_of(tokens, entries) if entries > 1 else None
+    modulation = Modulation(table[:, 1], table[:, 0], EPS, index=index)
+    twin = norm_modulate_torch(x, modulation, codes, offset=offset)
+    assert_rows(twin, modulation.of(x.double() + offset.double()))
+    assert_twins(norm_modulate(x, modulation, codes, offset=offset), twin)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [True, False])
+def test_residual_norm_without_a_residual_adds_an_offset_to_what_is_there(
+    normed: bool, dtype: torch.dtype
+) -> None:
+    tokens, width = SHAPES[-1]
+    y, offset, table = (
+        draw(tokens, width, seed=1, dtype=dtype),
+        draw(width, seed=2),
+        draw(1, 6, width, seed=3),
+    )
+    after = Modulation(table[:, 4], table[:, 3], EPS) if normed else None
+    truth = y.double() + offset.double()
+    for into in (None, y.clone()):
+        read = y if into is None else into
+        total, rows = residual_norm(read, offset, None, None, None, after, True, into=into)
+        assert total.dtype == dtype and (into is None or total is into)
+        # the interpreter rounds to bf16 by dropping bits
+        assert ((total.double() - truth).abs() <= truth.abs() * torch.finfo(dtype).eps + 1e-6).all()
+        if after is None:
+            assert rows is None
+        else:
+            assert rows is not None
+            assert_twins(rows, written(after.of(total.float()), True, dtype))
+    total, _ = residual_norm_torch(y, offset, None, None, None, after, True)
+    assert total.dtype == dtype
+    assert ((total.double() - truth).abs() <= truth.abs() * torch.finfo(dtype).eps + 1e-6).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("entries", [0, 3])
 @pytest.mark.parametrize("gated", [True, False])

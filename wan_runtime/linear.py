@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from wan_runtime import corrections
-from wan_runtime.backends import Multiply, biased_multiplier, coded_multiplier, multiplier
+from wan_runtime.backends import Multiply, added_multiplier, biased_multiplier, coded_multiplier, multiplier
 from wan_runtime.errors import QuantisedWeight
 from wan_runtime.residents import Move, keeping_dtype, served
 
@@ -116,6 +116,7 @@ class QuantLinear(nn.Linear):
         """Look the multipliers up once, so that a forward pays for no catalogue."""
         self._multiply: Multiply = multiplier(self.backend, self.format, self.compute)
         self.coded = coded_multiplier(self.backend, self.format, self.compute)
+        self.added = added_multiplier(self.backend, self.format, self.compute)
         self._biased = biased_multiplier(self.backend, self.format, self.compute)
         anywhere = self.compute in ("bf16", "fp32")
         self._elsewhere: Multiply = self._multiply if anywhere else multiplier("torch", self.format, "bf16")
@@ -200,7 +201,7 @@ class QuantLinear(nn.Linear):
         return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        bound = ("_multiply", "_elsewhere", "_biased", "coded")
+        bound = ("_multiply", "_elsewhere", "_biased", "added", "coded")
         return {name: value for name, value in self.__dict__.items() if name not in bound}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -36,7 +36,24 @@ class Coded(Protocol):
     ) -> torch.Tensor: ...
 
 
+@dataclass(frozen=True)
+class Added:
+    """How a product of codes is added to what is there, where a GPU does that in the product itself.
+
+    takes  into [tokens, out] -> whether that works for its device and dtype; nothing is asked of the device.
+    add    (codes, their scale, weight slots, factor [out] fp32 or None for 1, into): into += factor * product, rounded
+           once.
+    """
+
+    takes: Callable[[torch.Tensor], bool]
+    add: Callable[[torch.Tensor, torch.Tensor, Slots, torch.Tensor | None, torch.Tensor], None]
+
+
 def _no_codes(weight_format: str, compute: str) -> Coded | None:
+    return None
+
+
+def _not_added(weight_format: str, compute: str) -> Added | None:
     return None
 
 
@@ -58,6 +75,7 @@ class Backend:
     kernel    (format, compute) -> the function that multiplies.
     coded     (format, compute) -> the function that multiplies activations which a fused kernel has quantised already,
               as wan_runtime.kernels._codes says for the compute, or None where the product takes none.
+    added     (format, compute) -> how `coded`'s product is added to what is there, or None.
     biased    (format, compute) -> the function that multiplies bf16 activations and adds a bf16 bias in the same pass,
               or None. The bias of a file is fp32: a layer whose bias is exactly bf16 saves a pass over its output.
     remark    device -> what a user should read of the products there, a sentence, or None.
@@ -71,6 +89,7 @@ class Backend:
     refuses: Callable[[str, str, torch.device, tuple[int, int]], str | None]
     kernel: Callable[[str, str], Multiply]
     coded: Callable[[str, str], Coded | None] = _no_codes
+    added: Callable[[str, str], Added | None] = _not_added
     biased: Callable[[str, str], Biased | None] = _no_bias
     remark: Callable[[torch.device], str | None] = _no_remark
     per_channel: bool = True
@@ -101,6 +120,11 @@ def multiplier(backend: str, weight_format: str, compute: str) -> Multiply:
 def coded_multiplier(backend: str, weight_format: str, compute: str) -> Coded | None:
     """The function that multiplies codes for a layer, or None."""
     return backend_named(backend).coded(weight_format, compute)
+
+
+def added_multiplier(backend: str, weight_format: str, compute: str) -> Added | None:
+    """How a layer's product of codes is added to what is there, or None."""
+    return backend_named(backend).added(weight_format, compute)
 
 
 def biased_multiplier(backend: str, weight_format: str, compute: str) -> Biased | None:

@@ -14,9 +14,19 @@ from collections.abc import Callable
 
 import torch
 
-from wan_runtime.backends import Backend, Biased, Coded, Multiply, _block_scaled, _granularity
+from wan_runtime.backends import (
+    Added,
+    Backend,
+    Biased,
+    Coded,
+    Multiply,
+    _block_scaled,
+    _cublaslt,
+    _granularity,
+)
 from wan_runtime.formats import FORMATS, Slots
 
+WeightOf = Callable[[Slots], tuple[torch.Tensor, torch.Tensor]]
 FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 # Of what (out, in) must be multiples: _scaled_mm's rule, and the blocks'.
 ALIGNMENT = {"fp8": (16, 16), **_block_scaled.COMPUTES}
@@ -70,7 +80,14 @@ def _probe(weight_format: str, index: int) -> str | None:
         return f"a test product failed on {torch.cuda.get_device_name(device)}: {str(error).splitlines()[0][:200]}"
     if not bool(torch.isfinite(product).all()):
         return f"a test product gave NaN or infinity on {torch.cuda.get_device_name(device)}"
+    _cublaslt.refuses(index)  # asked now, for `added` and `remark`
     return None
+
+
+def remark(device: torch.device) -> str | None:
+    """What a user reads of FP8 products on a device that multiplies otherwise than the fastest way, or None."""
+    remarks = (_granularity.remark(device), _cublaslt.remark(device))
+    return " ".join(said for said in remarks if said is not None) or None
 
 
 def kernel(weight_format: str, compute: str) -> Multiply:
@@ -79,9 +96,8 @@ def kernel(weight_format: str, compute: str) -> Multiply:
         return functools.partial(_dequantise_and_multiply, FORMATS[weight_format].dequantize)
     if compute in _block_scaled.COMPUTES:
         return functools.partial(_block_scaled.multiply, compute)
-    if weight_format == "nvfp4":
-        return _nvfp4_as_fp8
-    return functools.partial(_fp8, FP8_DTYPES[weight_format])
+    # An NVFP4 input scale is amax / 2688; an FP8 one of the same amax is 6 times larger.
+    return functools.partial(_fp8, _weight_of(weight_format), 6 if weight_format == "nvfp4" else 1)
 
 
 def _dequantise_and_multiply(
@@ -99,9 +115,42 @@ def coded(weight_format: str, compute: str) -> Coded | None:
         return functools.partial(_block_scaled.coded, compute)
     if compute != "fp8":
         return None
+    return functools.partial(_coded, _weight_of(weight_format))
+
+
+def added(weight_format: str, compute: str) -> Added | None:
+    if compute != "fp8":
+        return None
+    return Added(_cublaslt.takes, functools.partial(_add, _weight_of(weight_format)))
+
+
+def _weight_of(weight_format: str) -> WeightOf:
+    """slots -> weight codes [out, in] and their scales, one for all or one a channel."""
     if weight_format == "nvfp4":
-        return _coded_nvfp4
-    return functools.partial(_coded_fp8, FP8_DTYPES[weight_format])
+        return _expanded
+    return functools.partial(_stored, FP8_DTYPES[weight_format])
+
+
+def _stored(dtype: torch.dtype, slots: Slots) -> tuple[torch.Tensor, torch.Tensor]:
+    return slots["payload"].view(dtype), slots["scale"]
+
+
+def _expanded(slots: Slots) -> tuple[torch.Tensor, torch.Tensor]:
+    from wan_runtime.kernels.expand_nvfp4 import expand_nvfp4
+
+    return expand_nvfp4(slots["payload"], slots["block_scale"], slots["scale"])
+
+
+def _add(
+    weight_of: WeightOf, codes: torch.Tensor, token_scale: torch.Tensor,
+    slots: Slots, factor: torch.Tensor | None, into: torch.Tensor,
+) -> None:  # fmt: skip
+    if not codes.shape[0]:  # cuBLAS refuses an empty product
+        return
+    weight, scale = weight_of(slots)
+    each = scale.reshape(-1)
+    each = each.expand(weight.shape[0]).contiguous() if factor is None else each * factor
+    _cublaslt.add(codes, token_scale, weight, each, into)
 
 
 def biased(weight_format: str, compute: str) -> Biased | None:
@@ -109,35 +158,20 @@ def biased(weight_format: str, compute: str) -> Biased | None:
     return None if compute == "bf16" else function  # type: ignore[return-value]  # its bias is optional
 
 
-def _coded_fp8(
-    dtype: torch.dtype, codes: torch.Tensor, token_scale: torch.Tensor, slots: Slots,
-    whole: torch.Tensor | None = None, bias: torch.Tensor | None = None,
+def _coded(
+    weight_of: WeightOf, codes: torch.Tensor, token_scale: torch.Tensor,
+    slots: Slots, whole: torch.Tensor | None = None, bias: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    return _scaled_mm(codes, token_scale, slots["payload"].view(dtype), slots["scale"], bias)
-
-
-def _coded_nvfp4(
-    codes: torch.Tensor, token_scale: torch.Tensor, slots: Slots, whole: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    from wan_runtime.kernels.expand_nvfp4 import expand_nvfp4
-
-    weight, scale = expand_nvfp4(slots["payload"], slots["block_scale"], slots["scale"])
+    weight, scale = weight_of(slots)
     return _scaled_mm(codes, token_scale, weight, scale, bias)
 
 
 def _fp8(
-    dtype: torch.dtype, rows: torch.Tensor, slots: Slots, static: torch.Tensor | None,
-    bias: torch.Tensor | None = None,
+    weight_of: WeightOf, static_factor: int, rows: torch.Tensor,
+    slots: Slots, static: torch.Tensor | None, bias: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    return _coded_fp8(dtype, *_quantised(rows, static), slots, bias=bias)
-
-
-def _nvfp4_as_fp8(
-    rows: torch.Tensor, slots: Slots, static: torch.Tensor | None, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    # An NVFP4 input scale is amax / 2688; an FP8 one of the same amax is 6 times larger.
-    return _coded_nvfp4(*_quantised(rows, None if static is None else static * 6), slots, bias=bias)
+    codes, token_scale = _quantised(rows, None if static is None else static * static_factor)
+    return _coded(weight_of, codes, token_scale, slots, bias=bias)
 
 
 def _quantised(rows: torch.Tensor, static: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,6 +201,7 @@ BACKEND = Backend(
     refuses=refuses,
     kernel=kernel,
     coded=coded,
+    added=added,
     biased=biased,
-    remark=_granularity.remark,
+    remark=remark,
 )
