@@ -58,11 +58,20 @@ def ways(tokens: int, inp: int, out: int, dtype: torch.dtype) -> dict[str, Calla
             return norm_modulate(stream, norm, True, offset=bias)
         return residual_norm(stream, bias, None, None, None, norm, True, into=host)
 
+    def adding() -> None:
+        added.add(codes, scale, slots, gate[0], stream)
+
+    def multiplying() -> object:
+        return coded(codes, scale, slots)
+
+    def both(*calls: Callable[[], object]) -> Callable[[], object]:
+        return lambda: [call() for call in calls]
+
     return {
-        "product": lambda: coded(codes, scale, slots),
-        "product, pass": lambda: (coded(codes, scale, slots), passed()),
-        "added": lambda: added.add(codes, scale, slots, gate[0], stream),
-        "added, norm": lambda: (added.add(codes, scale, slots, gate[0], stream), normed()),
+        "product": multiplying,
+        "product, pass": both(multiplying, passed),
+        "added": adding,
+        "added, norm": both(adding, normed),
     }
 
 

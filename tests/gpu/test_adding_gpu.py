@@ -48,7 +48,7 @@ def test_against_fp64(tokens: int, inp: int, out: int, weights: str, dtype: torc
         into = stream.clone()
         assert added.takes(into)
         added.add(codes, scale, slots, given, into)
-        assert error(into, truth) < own + 2e-3 < 0.03
+        assert error(into, truth) < own + 2e-3 < 0.04
 
 
 def test_two_streams_at_once() -> None:

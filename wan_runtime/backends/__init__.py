@@ -40,7 +40,7 @@ class Coded(Protocol):
 class Added:
     """How a product of codes is added to what is there, where a GPU does that in the product itself.
 
-    takes  into [tokens, out] -> whether that works for its device and dtype; nothing is asked of the device.
+    takes  into [tokens, out] -> whether that works there and saves time; nothing is asked of the device.
     add    (codes, their scale, weight slots, factor [out] fp32 or None for 1, into): into += factor * product, rounded
            once.
     """

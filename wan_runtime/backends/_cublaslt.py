@@ -36,7 +36,9 @@ CUBLASLT_MATMUL_DESC_B_SCALE_MODE = 32
 CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F = 3
 CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1
 WORKSPACE = 32 << 20  # bytes, at most: what NVIDIA advises for Hopper
+PLACE = 256  # an address that nothing reads: an algorithm is chosen only once the scales have places
 SHAPES = 64  # products of which the descriptors are kept: three a size of clip
+FP32_WIDTH = 3072  # at 1536 a pass over an fp32 stream is faster
 ONE = ctypes.byref(ctypes.c_float(1.0))
 
 _REFUSED: dict[int, str | None] = {}  # by a GPU's index: why it cannot add, or None
@@ -67,8 +69,9 @@ _ARGUMENTS = {
     "cublasLtMatmulPreferenceSetAttribute": (_HANDLE, _INT, _HANDLE, _SIZE),
     # handle, description, four layouts (A, B, C, D), preference, how many are asked for, results, how many came
     "cublasLtMatmulAlgoGetHeuristic": (*(_HANDLE,) * 7, _INT, _HANDLE, _HANDLE),
-    # handle, description, alpha, A, B with a layout each, beta, C, D with a layout each, algorithm, workspace, stream
-    "cublasLtMatmul": (*(_HANDLE,) * 13, _SIZE, _HANDLE),
+    # handle, description, alpha, A and B with a layout each, beta, C and D with a layout each, algorithm, workspace and
+    # its size, stream
+    "cublasLtMatmul": (*(_HANDLE,) * 14, _SIZE, _HANDLE),
 }
 
 
@@ -91,7 +94,7 @@ def _call(function: str, *arguments: object) -> None:
     status = getattr(library, function)(*arguments)
     if status:
         said = library.cublasLtGetStatusString(status).decode()
-        raise RuntimeError(f"{function} answered {said} ({status}).")
+        raise RuntimeError(f"{function} answered {said} ({status})")
 
 
 @functools.cache
@@ -128,11 +131,17 @@ class _Product:
         self._describe(CUBLASLT_MATMUL_DESC_FAST_ACCUM, ctypes.c_int8(1))
         for mode in (CUBLASLT_MATMUL_DESC_A_SCALE_MODE, CUBLASLT_MATMUL_DESC_B_SCALE_MODE):
             self._describe(mode, ctypes.c_int32(CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F))
+        self._scale_with(PLACE, PLACE)
         self.best = self._chosen()
 
     def _describe(self, attribute: int, value: ctypes._SimpleCData[int]) -> None:
         at, size = ctypes.byref(value), ctypes.sizeof(value)
         _call("cublasLtMatmulDescSetAttribute", self.description, attribute, at, size)
+
+    def _scale_with(self, weight: int, codes: int) -> None:
+        """Where the scales of either operand lie."""
+        self._describe(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, ctypes.c_uint64(weight))
+        self._describe(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, ctypes.c_uint64(codes))
 
     def _chosen(self) -> _Heuristic:
         """The library's first choice of an algorithm."""
@@ -148,7 +157,7 @@ class _Product:
             self.into, preference, 1, ctypes.byref(best), ctypes.byref(found),
         )  # fmt: skip
         if not found.value:
-            raise RuntimeError("cublasLtMatmulAlgoGetHeuristic knows no algorithm for this product.")
+            raise RuntimeError("cublasLtMatmulAlgoGetHeuristic knows no algorithm for this product")
         return best
 
     def launch(
@@ -158,8 +167,7 @@ class _Product:
         """Queue the product on the current stream. Its workspace goes back to that stream's memory behind it."""
         workspace = torch.empty(self.best.workspace, dtype=torch.uint8, device=into.device)
         with self.lock:
-            self._describe(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, ctypes.c_uint64(scale.data_ptr()))
-            self._describe(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, ctypes.c_uint64(token_scale.data_ptr()))
+            self._scale_with(scale.data_ptr(), token_scale.data_ptr())
             _call(
                 "cublasLtMatmul", _handle(self.index), self.description, ONE, weight.data_ptr(), self.weight,
                 codes.data_ptr(), self.codes, ONE, into.data_ptr(), self.into, into.data_ptr(), self.into,
@@ -206,9 +214,10 @@ def remark(device: torch.device) -> str | None:
 
 
 def takes(into: torch.Tensor) -> bool:
-    """Whether `add` works for a tensor of this device and dtype: False where nobody has asked `refuses` yet."""
-    asked = into.device.type == "cuda" and into.device.index in _REFUSED
-    return asked and _REFUSED[into.device.index] is None and into.dtype in (torch.bfloat16, torch.float32)
+    """Whether `add` works for a tensor, and saves time: False where nobody has asked `refuses` yet."""
+    if into.device.type != "cuda" or _REFUSED.get(into.device.index, "not asked") is not None:
+        return False
+    return into.dtype == torch.bfloat16 or (into.dtype == torch.float32 and into.shape[1] >= FP32_WIDTH)
 
 
 def _refused(device: torch.device) -> str | None:

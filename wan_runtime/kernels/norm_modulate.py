@@ -34,14 +34,14 @@ from wan_runtime.kernels._rows import (
 )
 
 LAUNCHES = {
-    1536: Launch(rows=32, warps=2),
-    3072: Launch(rows=8),
-    5120: Launch(rows=32, warps=8, registers=80),
+    1536: Launch(rows=8),
+    3072: Launch(rows=8, stages=4),
+    5120: Launch(warps=8, stages=4, registers=80),
 }
 OFFSET_LAUNCHES = {  # one more vector in registers
     1536: Launch(rows=32, warps=2),
-    3072: Launch(rows=8),
-    5120: Launch(rows=32, warps=8),
+    3072: Launch(rows=8, stages=4, registers=128),
+    5120: Launch(rows=32, warps=8, stages=4),
 }
 
 

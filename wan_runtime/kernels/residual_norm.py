@@ -35,7 +35,11 @@ from wan_runtime.kernels._rows import (
 from wan_runtime.kernels.norm_modulate import Modulation
 
 LAUNCHES = {3072: Launch(rows=8), 5120: Launch(rows=32, stages=4)}
-OFFSET_LAUNCHES = LAUNCHES  # without a residual
+OFFSET_LAUNCHES = {  # without a residual
+    1536: Launch(rows=8, warps=2, registers=128),
+    3072: Launch(rows=8, stages=4),
+    5120: Launch(warps=8, stages=4, registers=128),
+}
 PLAIN_LAUNCHES = {  # without a norm there is little to do but wait for memory
     1536: Launch(rows=4),
     3072: Launch(rows=8, warps=8, tile=4),
