@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from tests.hosts.test_original import diffsynth
 from tests.test_fused_block import patched, run
 from wan_runtime.attention import ATTENTIONS, ENDS, Ends
 from wan_runtime.errors import InvalidOption
+from wan_runtime.options import AttentionEndBlocks, AttentionEndSteps
 from wan_runtime.patches import (
     _attending,
     _attention_processor,
@@ -34,6 +35,7 @@ from wan_runtime.patches import (
 )
 from wan_runtime.patches._attending import SHORT, Attending
 from wan_runtime.patches._steps import STEPS, Steps, Watch, last_timestep
+from wan_runtime.plan import Options
 from wan_runtime.scheduling import timesteps
 
 __all__ = ["diffsynth"]  # a fixture
@@ -108,12 +110,12 @@ HOSTS = [(in_diffusers, run), (in_the_release, run_release)]
 
 
 @pytest.mark.parametrize(("host", "forward"), HOSTS)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("blocks", "batch"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.usefixtures("any_length")
-def test_the_inner_blocks_are_fp8(host: Any, forward: Any, batch: int) -> None:
-    model, twin, calls = host(TWO_BLOCKS)
+def test_the_inner_blocks_are_fp8(host: Any, forward: Any, blocks: int, batch: int) -> None:
+    model, twin, calls = host(Ends(blocks, steps=0))
     expected, result = forward(model, batch=batch), forward(twin, batch=batch)
-    assert len(calls) == 2
+    assert len(calls) == 6 - 2 * blocks
     assert 1e-5 < error(result, expected) < 0.02
     assert torch.equal(forward(copy.deepcopy(twin), batch=batch), result)
 
@@ -126,7 +128,8 @@ def test_how_many_blocks_is_an_option(blocks: int, fp8: int) -> None:
     assert names == ["fa3"] * min(blocks, 3) + ["fp8"] * fp8 + ["fa3"] * min(blocks, 3)
     assert {block.attn2.processor.name for block in model.blocks} == {"fa3"}
     assert len(notes) == 1 and f"FP8 in the self-attention of {fp8} of 6 blocks" in notes[0]
-    assert f"first and last {blocks} blocks" in notes[0] and "first and last 1 steps" in notes[0]
+    said = {0: "", 1: "the first and last block, "}.get(blocks, f"the first and last {blocks} blocks, ")
+    assert f"bf16 (fa3) in {said}the first and last step, cross-attention" in notes[0]
     tree: Any = original.transformer(sizes=SIX)
     assert _original_attention.install(tree, "fp8", FP32, Ends(blocks, 1)) == notes
     names = [_original_attention.attending_of(block.self_attn).name for block in tree.blocks]
@@ -283,7 +286,17 @@ def test_the_ends_are_for_fp8_attention_and_no_less_than_none() -> None:
         wan_runtime.patch(transformer(), attention="sdpa", attention_end_steps=1)
     with pytest.raises(InvalidOption, match=r"attention_end_steps=-1 is not a number of steps"):
         wan_runtime.patch(transformer(), attention="fp8", attention_end_steps=-1)
-    assert (ENDS.blocks, ENDS.steps) == (2, 1)
+
+
+def test_one_block_and_one_step_by_default() -> None:
+    assert Ends(1, 1) == ENDS == Options(attention="fp8").ends
+    model = transformer(sizes=SIX)
+    notes = _attention_processor.install(model, "fp8", FP32)
+    names = [block.attn1.processor.name for block in model.blocks]
+    assert names == ["fa3", "fp8", "fp8", "fp8", "fp8", "fa3"]
+    assert "the first and last block, the first and last step" in notes[0]
+    for of_command in (AttentionEndBlocks, AttentionEndSteps):
+        assert "(default 1)" in get_args(of_command)[1].help
 
 
 def test_unpatch_forgets_the_steps() -> None:
