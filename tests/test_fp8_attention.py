@@ -6,7 +6,6 @@ No GPU is needed: the kernels' twins make the codes, and what FlashAttention 3 c
 from __future__ import annotations
 
 import copy
-import importlib
 from typing import Any, get_args
 
 import pytest
@@ -14,13 +13,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-runtime[dev]')")
 
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-
 import wan_runtime
 from tests.builders.wan import Sizes
 from tests.hosts import diffusers, original
 from tests.hosts.diffusers import error, latents, pipeline, transformer
-from tests.hosts.test_original import diffsynth
 from tests.test_fused_block import patched, run
 from wan_runtime.attention import ATTENTIONS, ENDS, Ends
 from wan_runtime.errors import InvalidOption
@@ -34,11 +30,10 @@ from wan_runtime.patches import (
     scheduled,
 )
 from wan_runtime.patches._attending import SHORT, Attending
-from wan_runtime.patches._steps import STEPS, Steps, Watch, last_timestep
+from wan_runtime.patches._steps import STEPS
 from wan_runtime.plan import Options
 from wan_runtime.scheduling import timesteps
 
-__all__ = ["diffsynth"]  # a fixture
 FP32 = ("cpu", torch.float32)
 SIX = Sizes(layers=6, dim=256)
 TWO_BLOCKS = Ends(blocks=2, steps=0)
@@ -158,72 +153,6 @@ def test_a_mask_is_left_to_the_host() -> None:
             assert error(own(x, attention_mask=mask), own(x)) > 0.01
 
 
-def ends_of(steps: Steps, seen: list[float]) -> list[bool]:
-    """Whether each step is an end, where each is seen twice, as guidance does."""
-    found = []
-    for timestep in seen:
-        for _ in range(2):
-            steps.see(timestep)
-        found.append(steps.at_end)
-    return found
-
-
-SCHEDULES = [
-    FlowMatchEulerDiscreteScheduler(shift=5.0),
-    FlowMatchEulerDiscreteScheduler(shift=3.0),
-    UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0, num_train_timesteps=1000
-    ),
-]
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULES)
-@pytest.mark.parametrize(("count", "length"), [(1, 50), (2, 50), (3, 20), (1, 4), (3, 4)])
-def test_a_schedule_that_was_told_is_kept_exactly(scheduler: Any, count: int, length: int) -> None:
-    seen = timesteps(scheduler, length)
-    steps = Steps(count)
-    steps.tell(seen)
-    inner = max(length - 2 * count, 0)
-    ends = (length - inner) // 2
-    assert ends_of(steps, seen) == [True] * ends + [False] * inner + [True] * (length - inner - ends)
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULES)
-@pytest.mark.parametrize(("count", "length"), [(1, 50), (2, 50), (1, 20), (3, 20), (1, 8)])
-def test_without_a_schedule_the_first_are_counted_and_the_last_are_at_least_so_many(
-    scheduler: Any, count: int, length: int
-) -> None:
-    seen = timesteps(scheduler, length)
-    steps = Steps(count)
-    ends = ends_of(steps, seen)
-    assert ends[: count + 1] == [True] * count + [False]
-    last = ends[::-1].index(False)
-    least = count if length >= 20 else 0
-    assert least <= last <= max(5 * count, 1)
-    assert ends_of(steps, seen) == ends  # a rise begins a new one
-    steps.see(seen[5])
-    assert ends_of(steps, seen) == ends  # after one that was given up, too
-
-
-@pytest.mark.parametrize(("shift", "length"), [(3.0, 50), (5.0, 50), (5.0, 20)])
-def test_the_last_timesteps_are_the_schedulers_own(shift: float, length: int) -> None:
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-    )
-    seen = timesteps(scheduler, length)
-    for count in (1, 2, 5):
-        assert last_timestep(count, length, shift) == pytest.approx(seen[-count], abs=1)  # its are integers
-    assert last_timestep(99) == 1000
-
-
-def test_no_steps_are_no_ends() -> None:
-    steps = Steps(0)
-    assert not steps.at_end and ends_of(steps, [999.0, 500.0, 1.0]) == [False] * 3
-    model = transformer()
-    _attention_processor.install(model, "fp8", FP32, TWO_BLOCKS)
-    assert not model.condition_embedder._forward_pre_hooks
-
-
 @pytest.mark.usefixtures("any_length")
 @pytest.mark.parametrize("told", [True, False])
 def test_in_a_pipeline(told: bool) -> None:
@@ -253,30 +182,6 @@ def test_generate_tells_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     wan_runtime.generate(pipe, request, lambda *_: found.append(pipe.transformer.__dict__[STEPS].at_end))
     assert found == [True, False, False, True]
-
-
-@pytest.mark.usefixtures("diffsynth")
-def test_timesteps_come_back_from_their_sinusoids() -> None:
-    module: Any = importlib.import_module("diffsynth.models.wan_video_dit")
-    asked = timesteps(FlowMatchEulerDiscreteScheduler(shift=5.0), 30)
-    for dim in (256, 32):
-        steps = Steps(2)
-        watch = Watch(steps, sinusoids=True)
-        for timestep in asked:
-            watch(torch.nn.Identity(), (original.embed(dim, torch.tensor([timestep])).float(),))
-            assert steps.latest == pytest.approx(timestep, rel=1e-3)
-        a_token = original.embed(dim, torch.tensor([0.0, asked[3], 0.0]))[None].float()
-        watch(torch.nn.Identity(), (a_token,))
-        assert steps.latest == pytest.approx(asked[3], rel=1e-3)  # the noisiest
-    steps = Steps(1)
-    watch = Watch(steps, sinusoids=True)
-    ends = []
-    for timestep in asked:  # DiffSynth's are bf16: they come back by 1 in 100, and never rise
-        given = torch.tensor([timestep], dtype=torch.bfloat16)
-        watch(torch.nn.Identity(), (module.sinusoidal_embedding_1d(256, given),))
-        assert steps.latest == pytest.approx(timestep, rel=0.012)
-        ends.append(steps.at_end)
-    assert ends[0] and not any(ends[4:-3]) and ends[-1]
 
 
 def test_the_ends_are_for_fp8_attention_and_no_less_than_none() -> None:
