@@ -66,7 +66,7 @@ class Attending:
 
 def name_in_block(name: str, number: int, count: int, ends: Ends, *, inner: bool) -> str:
     """The attention of a block's self-attention (`inner`) or cross-attention, of `count` blocks: FP8 is for
-    self-attention, and not in the first and last blocks of a stack, where it shows most."""
+    self-attention, and not in the blocks at either end of a stack."""
     if name == "fp8" and not (inner and ends.blocks <= number < count - ends.blocks):
         return BESIDE_FP8
     return name
@@ -77,8 +77,12 @@ def said(name: str, blocks: int, ends: Ends) -> list[str]:
     if name != "fp8":
         return []
     inner = max(blocks - 2 * ends.blocks, 0)
+    kept = "".join(
+        f"the first and last {one if count == 1 else f'{count} {one}s'}, "
+        for count, one in ((ends.blocks, "block"), (ends.steps, "step"))
+        if count
+    )
     return [
-        f"attention: FP8 in the self-attention of {inner} of {blocks} blocks; bf16 ({BESIDE_FP8}) in the first and "
-        f"last {ends.blocks} blocks, in the first and last {ends.steps} steps, in cross-attention, under a mask, and "
-        f"for fewer than {SHORT} tokens."
+        f"attention: FP8 in the self-attention of {inner} of {blocks} blocks; bf16 ({BESIDE_FP8}) in "
+        f"{kept}cross-attention, under a mask, and for fewer than {SHORT} tokens."
     ]

@@ -91,9 +91,9 @@ def serve(
     backend: Annotated[str, typer.Option(help="Who multiplies.")] = DEFAULTS.backend,
     attention: Annotated[str, typer.Option(help="Attention kernel: auto, fa3, cudnn, sdpa, fp8.")] = DEFAULTS.attention,
     attention_end_blocks: Annotated[int | None, typer.Option(min=0, help=(
-        "With --attention fp8: blocks at either end of the model that attend in bf16."))] = None,
+        "With --attention fp8: blocks at either end of the model that attend in bf16 (default 1)."))] = None,
     attention_end_steps: Annotated[int | None, typer.Option(min=0, help=(
-        "With --attention fp8: steps at either end of a clip that attend in bf16."))] = None,
+        "With --attention fp8: steps at either end of a clip that attend in bf16 (default 1)."))] = None,
     cancel_seconds: Annotated[float, typer.Option(min=0, help=(
         "Kill a worker that has not stopped a deleted job by then."))] = DEFAULTS.cancel_seconds,
     stall_seconds: Annotated[float, typer.Option(min=1, help=(

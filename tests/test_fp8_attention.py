@@ -6,24 +6,21 @@ No GPU is needed: the kernels' twins make the codes, and what FlashAttention 3 c
 from __future__ import annotations
 
 import copy
-import importlib
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-runtime[dev]')")
 
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-
 import wan_runtime
 from tests.builders.wan import Sizes
 from tests.hosts import diffusers, original
 from tests.hosts.diffusers import error, latents, pipeline, transformer
-from tests.hosts.test_original import diffsynth
 from tests.test_fused_block import patched, run
 from wan_runtime.attention import ATTENTIONS, ENDS, Ends
 from wan_runtime.errors import InvalidOption
+from wan_runtime.options import AttentionEndBlocks, AttentionEndSteps
 from wan_runtime.patches import (
     _attending,
     _attention_processor,
@@ -33,10 +30,10 @@ from wan_runtime.patches import (
     scheduled,
 )
 from wan_runtime.patches._attending import SHORT, Attending
-from wan_runtime.patches._steps import STEPS, Steps, Watch, last_timestep
+from wan_runtime.patches._steps import STEPS
+from wan_runtime.plan import Options
 from wan_runtime.scheduling import timesteps
 
-__all__ = ["diffsynth"]  # a fixture
 FP32 = ("cpu", torch.float32)
 SIX = Sizes(layers=6, dim=256)
 TWO_BLOCKS = Ends(blocks=2, steps=0)
@@ -108,12 +105,12 @@ HOSTS = [(in_diffusers, run), (in_the_release, run_release)]
 
 
 @pytest.mark.parametrize(("host", "forward"), HOSTS)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("blocks", "batch"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.usefixtures("any_length")
-def test_the_inner_blocks_are_fp8(host: Any, forward: Any, batch: int) -> None:
-    model, twin, calls = host(TWO_BLOCKS)
+def test_the_inner_blocks_are_fp8(host: Any, forward: Any, blocks: int, batch: int) -> None:
+    model, twin, calls = host(Ends(blocks, steps=0))
     expected, result = forward(model, batch=batch), forward(twin, batch=batch)
-    assert len(calls) == 2
+    assert len(calls) == 6 - 2 * blocks
     assert 1e-5 < error(result, expected) < 0.02
     assert torch.equal(forward(copy.deepcopy(twin), batch=batch), result)
 
@@ -126,7 +123,8 @@ def test_how_many_blocks_is_an_option(blocks: int, fp8: int) -> None:
     assert names == ["fa3"] * min(blocks, 3) + ["fp8"] * fp8 + ["fa3"] * min(blocks, 3)
     assert {block.attn2.processor.name for block in model.blocks} == {"fa3"}
     assert len(notes) == 1 and f"FP8 in the self-attention of {fp8} of 6 blocks" in notes[0]
-    assert f"first and last {blocks} blocks" in notes[0] and "first and last 1 steps" in notes[0]
+    said = {0: "", 1: "the first and last block, "}.get(blocks, f"the first and last {blocks} blocks, ")
+    assert f"bf16 (fa3) in {said}the first and last step, cross-attention" in notes[0]
     tree: Any = original.transformer(sizes=SIX)
     assert _original_attention.install(tree, "fp8", FP32, Ends(blocks, 1)) == notes
     names = [_original_attention.attending_of(block.self_attn).name for block in tree.blocks]
@@ -153,72 +151,6 @@ def test_a_mask_is_left_to_the_host() -> None:
             own, ours = plain.blocks[number].attn1, model.blocks[number].attn1
             assert torch.equal(ours(x, attention_mask=mask), own(x, attention_mask=mask))
             assert error(own(x, attention_mask=mask), own(x)) > 0.01
-
-
-def ends_of(steps: Steps, seen: list[float]) -> list[bool]:
-    """Whether each step is an end, where each is seen twice, as guidance does."""
-    found = []
-    for timestep in seen:
-        for _ in range(2):
-            steps.see(timestep)
-        found.append(steps.at_end)
-    return found
-
-
-SCHEDULES = [
-    FlowMatchEulerDiscreteScheduler(shift=5.0),
-    FlowMatchEulerDiscreteScheduler(shift=3.0),
-    UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0, num_train_timesteps=1000
-    ),
-]
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULES)
-@pytest.mark.parametrize(("count", "length"), [(1, 50), (2, 50), (3, 20), (1, 4), (3, 4)])
-def test_a_schedule_that_was_told_is_kept_exactly(scheduler: Any, count: int, length: int) -> None:
-    seen = timesteps(scheduler, length)
-    steps = Steps(count)
-    steps.tell(seen)
-    inner = max(length - 2 * count, 0)
-    ends = (length - inner) // 2
-    assert ends_of(steps, seen) == [True] * ends + [False] * inner + [True] * (length - inner - ends)
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULES)
-@pytest.mark.parametrize(("count", "length"), [(1, 50), (2, 50), (1, 20), (3, 20), (1, 8)])
-def test_without_a_schedule_the_first_are_counted_and_the_last_are_at_least_so_many(
-    scheduler: Any, count: int, length: int
-) -> None:
-    seen = timesteps(scheduler, length)
-    steps = Steps(count)
-    ends = ends_of(steps, seen)
-    assert ends[: count + 1] == [True] * count + [False]
-    last = ends[::-1].index(False)
-    least = count if length >= 20 else 0
-    assert least <= last <= max(5 * count, 1)
-    assert ends_of(steps, seen) == ends  # a rise begins a new one
-    steps.see(seen[5])
-    assert ends_of(steps, seen) == ends  # after one that was given up, too
-
-
-@pytest.mark.parametrize(("shift", "length"), [(3.0, 50), (5.0, 50), (5.0, 20)])
-def test_the_last_timesteps_are_the_schedulers_own(shift: float, length: int) -> None:
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-    )
-    seen = timesteps(scheduler, length)
-    for count in (1, 2, 5):
-        assert last_timestep(count, length, shift) == pytest.approx(seen[-count], abs=1)  # its are integers
-    assert last_timestep(99) == 1000
-
-
-def test_no_steps_are_no_ends() -> None:
-    steps = Steps(0)
-    assert not steps.at_end and ends_of(steps, [999.0, 500.0, 1.0]) == [False] * 3
-    model = transformer()
-    _attention_processor.install(model, "fp8", FP32, TWO_BLOCKS)
-    assert not model.condition_embedder._forward_pre_hooks
 
 
 @pytest.mark.usefixtures("any_length")
@@ -252,30 +184,6 @@ def test_generate_tells_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == [True, False, False, True]
 
 
-@pytest.mark.usefixtures("diffsynth")
-def test_timesteps_come_back_from_their_sinusoids() -> None:
-    module: Any = importlib.import_module("diffsynth.models.wan_video_dit")
-    asked = timesteps(FlowMatchEulerDiscreteScheduler(shift=5.0), 30)
-    for dim in (256, 32):
-        steps = Steps(2)
-        watch = Watch(steps, sinusoids=True)
-        for timestep in asked:
-            watch(torch.nn.Identity(), (original.embed(dim, torch.tensor([timestep])).float(),))
-            assert steps.latest == pytest.approx(timestep, rel=1e-3)
-        a_token = original.embed(dim, torch.tensor([0.0, asked[3], 0.0]))[None].float()
-        watch(torch.nn.Identity(), (a_token,))
-        assert steps.latest == pytest.approx(asked[3], rel=1e-3)  # the noisiest
-    steps = Steps(1)
-    watch = Watch(steps, sinusoids=True)
-    ends = []
-    for timestep in asked:  # DiffSynth's are bf16: they come back by 1 in 100, and never rise
-        given = torch.tensor([timestep], dtype=torch.bfloat16)
-        watch(torch.nn.Identity(), (module.sinusoidal_embedding_1d(256, given),))
-        assert steps.latest == pytest.approx(timestep, rel=0.012)
-        ends.append(steps.at_end)
-    assert ends[0] and not any(ends[4:-3]) and ends[-1]
-
-
 def test_the_ends_are_for_fp8_attention_and_no_less_than_none() -> None:
     with pytest.raises(InvalidOption, match=r"attention_end_blocks=3 says .* attention='auto'"):
         wan_runtime.patch(transformer(), attention_end_blocks=3)
@@ -283,7 +191,17 @@ def test_the_ends_are_for_fp8_attention_and_no_less_than_none() -> None:
         wan_runtime.patch(transformer(), attention="sdpa", attention_end_steps=1)
     with pytest.raises(InvalidOption, match=r"attention_end_steps=-1 is not a number of steps"):
         wan_runtime.patch(transformer(), attention="fp8", attention_end_steps=-1)
-    assert (ENDS.blocks, ENDS.steps) == (2, 1)
+
+
+def test_one_block_and_one_step_by_default() -> None:
+    assert Ends(1, 1) == ENDS == Options(attention="fp8").ends
+    model = transformer(sizes=SIX)
+    notes = _attention_processor.install(model, "fp8", FP32)
+    names = [block.attn1.processor.name for block in model.blocks]
+    assert names == ["fa3", "fp8", "fp8", "fp8", "fp8", "fa3"]
+    assert "the first and last block, the first and last step" in notes[0]
+    for of_command in (AttentionEndBlocks, AttentionEndSteps):
+        assert "(default 1)" in get_args(of_command)[1].help
 
 
 def test_unpatch_forgets_the_steps() -> None:

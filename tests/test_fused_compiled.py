@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from torch._dynamo.utils import counters
 
 from tests.hosts.diffusers import error
 from tests.test_fused_block import EXACT, coded, patched, run
+from wan_runtime.backends import transformer_engine
+from wan_runtime.formats import FORMATS
+from wan_runtime.linear import quantised_layers
 from wan_runtime.patches import _wan_block
 
 
@@ -79,4 +83,36 @@ def test_switching_an_adapter_compiles_nothing_anew() -> None:
     plain = run(twin, hidden_states=clips[0])
     twin.compile_repeated_blocks(fullgraph=True, backend="eager")
     assert error(run(twin, hidden_states=clips[0]), plain) < EXACT  # its own adapters, not the first model's
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["fp8", "mxfp8", "nvfp4"])
+def test_blocks_on_transformer_engine_compile_whole(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its product is one operator; what that calls on a GPU is the exact product here."""
+    made: list[str] = []
+
+    def exact(compute: str, rows: Any, payload: Any, scale: Any, blocks: Any, static: Any, bias: Any) -> Any:
+        made.append(compute)
+        slots = {"payload": payload, "scale": scale, "block_scale": blocks}
+        held = {name: slot for name, slot in slots.items() if slot is not None}
+        return rows @ FORMATS[compute].dequantize(held).to(rows.dtype).T + (0 if bias is None else bias)
+
+    monkeypatch.setattr(transformer_engine, "_product", exact)
+    model = patched(weights=weights)
+    expected = run(model)
+    layers = [layer for _, layer in quantised_layers(model)]
+    for layer in layers:
+        layer.backend, layer.compute = "te", weights
+        layer._bind()
+    _wan_block.fuse(model, "TWINS")
+    assert error(run(model), expected) < EXACT
+    assert made == [weights] * len(layers)
+    made.clear()
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert error(run(model), expected) < EXACT
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert made == [weights] * len(layers)
     torch._dynamo.reset()

@@ -25,9 +25,11 @@ M, N, K = 33, 144, 192
 KINDS = {"nvfp4": model.NVFP4, "mxfp8": model.MXFP8}
 
 
-def drawn() -> tuple[torch.Tensor, torch.Tensor]:
+def drawn(tokens: int = M) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
-    rows = torch.randn(M, K, generator=generator) * torch.exp(torch.randn(M, 1, generator=generator))
+    rows = torch.randn(tokens, K, generator=generator) * torch.exp(
+        torch.randn(tokens, 1, generator=generator)
+    )
     return rows.to(torch.bfloat16), torch.randn(N, K, generator=generator).to(torch.bfloat16)
 
 
@@ -35,7 +37,9 @@ def scale_of(x: torch.Tensor) -> torch.Tensor:
     return x.float().abs().amax() / 2688
 
 
-def comfys_call(compute: str, monkeypatch: pytest.MonkeyPatch, *, high: bool = False) -> dict[str, Any]:
+def comfys_call(
+    compute: str, monkeypatch: pytest.MonkeyPatch, *, high: bool = False, tokens: int = M
+) -> dict[str, Any]:
     """What comfy-kitchen calls scaled_mm with on Blackwell, lists where it leaves single values."""
     made: list[dict[str, Any]] = []
     signature = inspect.signature(torch.nn.functional.scaled_mm)
@@ -45,7 +49,7 @@ def comfys_call(compute: str, monkeypatch: pytest.MonkeyPatch, *, high: bool = F
         return model.scaled_mm(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", call)
-    rows, weight = drawn()
+    rows, weight = drawn(tokens)
     if compute == "nvfp4":
         scales = scale_of(rows), scale_of(weight)
         a, b = (
@@ -60,7 +64,7 @@ def comfys_call(compute: str, monkeypatch: pytest.MonkeyPatch, *, high: bool = F
 
 
 def apart(ours: torch.Tensor) -> float:
-    rows, weight = drawn()
+    rows, weight = drawn(ours.shape[0])
     truth = rows.double() @ weight.double().T
     return float((ours.double() - truth).norm() / truth.norm())
 
@@ -80,10 +84,10 @@ T = ScalingType
 NO = SwizzleType.NO_SWIZZLE
 
 
-def plain_order(kind: model.Kind, scales: torch.Tensor) -> torch.Tensor:
+def plain_order(kind: model.Kind, scales: torch.Tensor, tokens: int = M) -> torch.Tensor:
     """The same scales row by row, padded to the same size."""
-    held = torch.from_numpy(model._tiled("", kind, scales, M, K // kind.block))
-    padded = torch.nn.functional.pad(held, (0, -held.shape[1] % 4, 0, -M % 128))
+    held = torch.from_numpy(model._tiled("", kind, scales, tokens, K // kind.block))
+    padded = torch.nn.functional.pad(held, (0, -held.shape[1] % 4, 0, -tokens % 128))
     return padded.flatten().view(scales.dtype)
 
 
@@ -180,6 +184,14 @@ def test_what_no_check_can_see_is_another_number(
     call = comfys_call(compute, monkeypatch)
     wrong = (WRONG_NVFP4 if compute == "nvfp4" else WRONG_MXFP8)[change](call)
     assert not apart(model.scaled_mm(**{**call, **wrong})) < 0.3
+
+
+def test_another_order_of_whole_tiles_is_another_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no padding there to tell the order by. K is whole tiles of NVFP4's blocks alone."""
+    call = comfys_call("nvfp4", monkeypatch, tokens=128)
+    wrong = [plain_order(model.NVFP4, call["scale_a"][0], 128), call["scale_a"][1]]
+    assert apart(model.scaled_mm(**call)) < 0.15
+    assert not apart(model.scaled_mm(**{**call, "scale_a": wrong})) < 0.3
 
 
 def test_every_code_has_the_value_that_torch_gives_it() -> None:

@@ -77,15 +77,19 @@ def test_odd_sides_are_padded_with_zeros(compute: str) -> None:
     assert not codes[rows:].any() and not codes[:, cols:].any()
 
 
+def its_reference() -> tuple[Any, Any]:
+    """Transformer Engine's modules of NVFP4 in plain torch: its quantiser and product, and the names of formats."""
+    named = "transformer_engine.pytorch.custom_recipes"
+    nvfp4, formats = (
+        pytest.importorskip(f"{named}.{name}", reason="this version has none of that name")
+        for name in ("reference_nvfp4", "reference_utils")
+    )
+    return nvfp4, formats
+
+
 def test_its_own_reference_reads_the_same_nvfp4_weight() -> None:
     """Its reference product of the unit matrix, whose rows its quantiser holds exactly, is the weight."""
-    named = "transformer_engine.pytorch.custom_recipes"
-    reference: Any = pytest.importorskip(
-        f"{named}.reference_nvfp4", reason="this version has none of that name"
-    )
-    formats: Any = pytest.importorskip(
-        f"{named}.reference_utils", reason="this version has none of that name"
-    )
+    reference, formats = its_reference()
     slots = quantised("nvfp4")
     held: Any = engine.weight_of("nvfp4", slots, torch.bfloat16)
     quantizer = reference.NVFP4QuantizerRef(formats.Fp4Formats.E2M1, rowwise=True, columnwise=False)
@@ -99,3 +103,21 @@ def test_its_own_reference_reads_the_same_nvfp4_weight() -> None:
     )  # fmt: skip
     meant = FORMATS["nvfp4"].dequantize(slots)
     assert torch.allclose(product.t(), meant, rtol=1e-5, atol=1e-6 * float(meant.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nvfp4_codes_and_scales_are_those_of_its_own_reference(dtype: torch.dtype) -> None:
+    """Its reference multiplies by a reciprocal where we divide: another code in a tie alone, as bf16 weights have."""
+    reference, formats = its_reference()
+    weight = torch.randn(512, 1536, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ours = FORMATS["nvfp4"].quantize(weight, False)
+    quantizer = reference.NVFP4QuantizerRef(formats.Fp4Formats.E2M1, rowwise=True, columnwise=False)
+    theirs = quantizer.quantize(weight)
+    assert torch.equal(ours["block_scale"], theirs.scale.view(torch.uint8))
+    assert torch.equal(weight.abs().amax().float(), theirs.global_amax_row.reshape(()))
+    step = (theirs.scale.double() * ours["scale"].double()).repeat_interleave(16, 1)
+    fourfold = (weight.double() / step).abs() * 4
+    tie = (fourfold - fourfold.round()).abs() < 1e-5
+    differ = ours["payload"] ^ theirs.data.view(torch.uint8)
+    same = torch.stack((differ & 0xF, differ >> 4), -1).reshape(weight.shape) == 0
+    assert (same | tie).all() and same.double().mean() > 0.99

@@ -33,11 +33,15 @@ Backend = Annotated[str, typer.Option(help="Who multiplies: auto, torch, te, ref
 Attention = Annotated[str, typer.Option(help="Attention kernel: auto, fa3, cudnn, sdpa, fp8.")]
 AttentionEndBlocks = Annotated[
     int | None,
-    typer.Option(min=0, help="With --attention fp8: blocks at either end of the model that attend in bf16."),
+    typer.Option(
+        min=0, help="With --attention fp8: blocks at either end of the model that attend in bf16 (default 1)."
+    ),
 ]
 AttentionEndSteps = Annotated[
     int | None,
-    typer.Option(min=0, help="With --attention fp8: steps at either end of a clip that attend in bf16."),
+    typer.Option(
+        min=0, help="With --attention fp8: steps at either end of a clip that attend in bf16 (default 1)."
+    ),
 ]
 Fuse = Annotated[
     bool, typer.Option("--fuse/--no-fuse", help="Use the fused block forward where there is one.")

@@ -87,7 +87,7 @@ def test_fp8_attention_runs_in_the_inner_blocks(monkeypatch: pytest.MonkeyPatch)
     made = model(weights="fp8", attention="fp8", attention_end_steps=0)
     assert error(run(made), plain) < 1e-6  # 48 tokens are short
     monkeypatch.setattr(_attending, "SHORT", 0)
-    assert [block.attn1.processor.name for block in made.blocks] == ["fa3", "fa3", "fp8", "fp8", "fa3", "fa3"]
+    assert [block.attn1.processor.name for block in made.blocks] == ["fa3", "fp8", "fp8", "fp8", "fp8", "fa3"]
     assert 1e-6 < error(run(made), plain) < 0.05
     first = model(weights="fp8", attention="fp8", attention_end_steps=1)
     assert error(run(first), plain) < 1e-6  # the first step it sees

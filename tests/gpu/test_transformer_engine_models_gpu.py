@@ -11,7 +11,7 @@ import torch
 
 import wan_runtime
 from tests.gpu.test_offload_gpu import ENABLE, WHOLE_BLOCKS
-from tests.hosts.diffusers import error, latents, pipeline, transformer
+from tests.hosts.diffusers import error, inputs, latents, pipeline, transformer
 from wan_runtime.bases import tiny_base
 from wan_runtime.errors import BackendUnavailable
 from wan_runtime.linear import quantised_layers
@@ -52,6 +52,22 @@ def test_a_patched_model_is_as_near_to_bf16_as_torchs(fuse: bool) -> None:
     wrong = {name: error(results[name], results["none"]) for name in ("te", "torch")}
     print(f"latents from bf16's, fuse={fuse}: {wrong}")
     assert wrong["te"] < 1.5 * wrong["torch"] + 0.01
+
+
+# Inductor imports what torch itself has deprecated, and its tracer makes an instance of FlashAttention's function.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("fuse", [True, False])
+def test_blocks_compile_whole_and_say_the_same(fuse: bool) -> None:
+    torch._dynamo.reset()
+    model = transformer(BF16).to("cuda").requires_grad_(False)
+    wan_runtime.patch(model, backend="te", weights="fp8", fuse=fuse)
+    given = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in inputs(BF16).items()}
+    with torch.no_grad():
+        expected = model(**given)[0]
+        model.compile_repeated_blocks(fullgraph=True)
+        assert error(model(**given)[0], expected) < 0.02
+    torch._dynamo.reset()
 
 
 def test_the_tiny_models_clips_are_what_was_asked(files: Callable[[bool], Path]) -> None:
