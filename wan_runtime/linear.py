@@ -17,7 +17,7 @@ from torch import nn
 from wan_runtime import corrections
 from wan_runtime.backends import Multiply, added_multiplier, biased_multiplier, coded_multiplier, multiplier
 from wan_runtime.errors import QuantisedWeight
-from wan_runtime.residents import Move, keeping_dtype, served
+from wan_runtime.residents import AUTOCASTS, Move, keeping_dtype, served
 
 
 class WeightCopy(torch.Tensor):
@@ -50,9 +50,6 @@ _WRITES = frozenset(
                  "iand", "ior", "ixor", "ilshift", "irshift")
 )  # fmt: skip
 _ALIASES = frozenset({torch.Tensor.data.__get__, torch.Tensor.detach})  # type: ignore[attr-defined]
-
-# Asked once, here: torch 2.11's compiler does not know the question, and would break its graph in a forward.
-AUTOCASTS = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 
 
 class QuantLinear(nn.Linear):

@@ -22,6 +22,8 @@ Move = Callable[[torch.Tensor], torch.Tensor]
 COMPUTE_DTYPE = (
     "_wan_runtime_dtype"  # an empty tensor on the model: follows `.to(dtype)`, so it is the compute dtype
 )
+# Asked once, here: torch 2.11's compiler does not know the question, and would break its graph in a forward.
+AUTOCASTS = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 
 
 def served(module: nn.Module) -> bool:
@@ -128,7 +130,7 @@ _KINDS: dict[str, type[nn.Module]] = {
 def _no_autocast(tensor: torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
     """Autocast would round what a resident computes; entered only where it is on."""
     kind = "cpu" if tensor is None else tensor.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in AUTOCASTS and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 
