@@ -179,7 +179,7 @@ def forward(
 
     batch, tokens, width = x.shape
     me, cross = block.self_attention, block.cross_attention
-    stream = Stream(x.reshape(batch * tokens, width))
+    stream = Stream(x.reshape(batch * tokens, width).contiguous())  # the kernels know no strides
     shift, scale, gate, shift3, scale3, gate3 = modulation.unbind(1)
 
     if begun is None:

@@ -219,7 +219,7 @@ def run(
     kernels = fused.kernels_named(memo.kernels)
     parts = _parts(block, x.shape[1], memo)
     context_kv = keys_values(parts.cross_attention, context, image, memo.shared, memo.number, kernels)
-    stream = x.to(torch.promote_types(x.dtype, steps.dtype)).contiguous()
+    stream = x.to(torch.promote_types(x.dtype, steps.dtype))
     place = _carrying.Place(block, memo.number, memo.shared, _entrance)
     return _carrying.run(place, parts, stream, steps, block.modulation, table, context_kv, kernels)
 
