@@ -51,7 +51,7 @@ def run(
     batch, tokens, _ = stream.shape
     shared, number = place.shared, place.number
     # Compiled there are no identities to tell a stream by, and in inference mode no versions.
-    if torch.compiler.is_compiling() or stream.is_inference():
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or stream.is_inference():
         modulation, index = rows_of(own, steps, batch, tokens, shared)
         return _fused.forward(parts, stream, modulation, index, table, context, kernels)[0]
     shared.blocks[number] = place.block

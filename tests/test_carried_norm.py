@@ -101,6 +101,24 @@ def test_inference_mode_carries_nothing(norms: list[int]) -> None:
             assert error(run(twin, seed), run(host, seed)) < EXACT and len(norms) == DEEP.layers
 
 
+def test_a_stream_from_outside_inference_mode(norms: list[int]) -> None:
+    host, twin = pair()
+    for _ in range(2):
+        run(twin)
+    given: list[Any] = []
+    host.blocks[0].register_forward_pre_hook(lambda _, args: given.append(args))
+    run(host)
+    norms.clear()
+    with torch.inference_mode():
+        results = []
+        for model in (twin, host):
+            stream, *others = given[0]
+            for block in model.blocks:
+                stream = block(stream, *others)
+            results.append(stream)
+    assert error(*results) < EXACT and len(norms) == DEEP.layers
+
+
 def test_modulation_is_cast_once_a_forward_and_again_where_it_was_written_into() -> None:
     shared, steps = Shared(), torch.randn(1, 6, 8, dtype=torch.bfloat16)
     cast = shared.in_fp32(steps)
