@@ -38,7 +38,8 @@ def ways(tokens: int, inp: int, out: int, dtype: torch.dtype) -> dict[str, Calla
     coded, added = backend.coded("fp8", "fp8"), backend.added("fp8", "fp8")
     stream = torch.randn(tokens, out, device="cuda").to(dtype)
     if refusal is not None or coded is None or added is None or not added.takes(stream):
-        raise SystemExit(f"no product adds itself here: {refusal or backend.remark(stream.device)}")
+        why = refusal or backend.remark(stream.device) or f"a pass is faster over {out} of {dtype}"
+        raise SystemExit(f"no product adds itself here: {why}")
     codes = torch.randn(tokens, inp, device="cuda").to(torch.float8_e4m3fn)
     scale = torch.rand(tokens, 1, device="cuda") * 1e-3
     slots = FORMATS["fp8"].quantize(torch.randn(out, inp, device="cuda"), True)

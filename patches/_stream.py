@@ -20,9 +20,9 @@ from wan_runtime.linear import QuantLinear
 
 @dataclass(frozen=True)
 class Stream:
-    """The residual stream: `values` [tokens, width], and the `offset` [width] fp32 that they lack, or None.
+    """The residual stream: `values` [tokens, width], contiguous, and the `offset` [width] fp32 that they lack, or None.
 
-    ours   nobody else reads `values`: they may be written to.
+    ours   nobody else reads `values`: they may be written to. Only such values lack an offset.
     whole  the same with the offset in it, which somebody else holds, or None.
     """
 
@@ -101,9 +101,8 @@ def settled(stream: Stream, kernels: Any) -> Stream:
         return stream
     if stream.whole is not None:
         return Stream(stream.whole)
-    into = stream.values if stream.ours else None
     total, _ = kernels.residual_norm(
-        stream.values, stream.offset, None, None, None, None, Codes.PLAIN, into=into
+        stream.values, stream.offset, None, None, None, None, Codes.PLAIN, into=stream.values
     )
     return Stream(total, ours=True)
 

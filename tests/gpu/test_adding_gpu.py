@@ -16,7 +16,14 @@ from wan_runtime.formats import FORMATS
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = [(32, 64, 48), (1031, 5120, 5120), (777, 13824, 5120), (515, 3072, 3072), (300, 8960, 1536)]
+SHAPES = [
+    (32, 64, 48),
+    (7, 1536, 1536),
+    (1031, 5120, 5120),
+    (777, 13824, 5120),
+    (515, 3072, 3072),
+    (300, 8960, 1536),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -54,10 +61,9 @@ def test_against_fp64(tokens: int, inp: int, out: int, weights: str, dtype: torc
 def test_two_streams_at_once() -> None:
     slots = FORMATS["fp8"].quantize(torch.randn(512, 256, device="cuda"), True)
     codes = torch.randn(2, 300, 256, device="cuda").to(torch.float8_e4m3fn)
-    scale, into = (
-        torch.rand(2, 300, 1, device="cuda"),
-        torch.zeros(2, 300, 512, device="cuda", dtype=torch.bfloat16),
-    )
+    # The other's scales in one product of one thread's 200 would show.
+    scale = torch.rand(2, 300, 1, device="cuda") * torch.tensor([1e-3, 1.0], device="cuda").view(2, 1, 1)
+    into = torch.zeros(2, 300, 512, device="cuda")
     added = backend_named("torch").added("fp8", "fp8")
     assert added is not None
     torch.cuda.synchronize()
@@ -65,7 +71,6 @@ def test_two_streams_at_once() -> None:
     def work(number: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(200):
-                into[number].zero_()
                 added.add(codes[number], scale[number], slots, None, into[number])
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
@@ -74,8 +79,23 @@ def test_two_streams_at_once() -> None:
     for thread in threads:
         thread.join()
     torch.cuda.synchronize()
-    truth = (codes.double() * scale) @ FORMATS["fp8"].dequantize(slots).double().T
-    assert error(into, truth) < 6e-3
+    truth = 200 * ((codes.double() * scale) @ FORMATS["fp8"].dequantize(slots).double().T)
+    assert all(error(into[number], truth[number]) < 6e-3 for number in range(2))
+
+
+def test_more_codes_than_an_int_counts() -> None:
+    inp, out, last = 13824, 5120, 64
+    slots = FORMATS["fp8"].quantize(torch.randn(out, inp, device="cuda"), True)
+    codes = torch.randint(0x7F, (2**31 // inp + last, inp), dtype=torch.uint8, device="cuda")
+    codes = codes.view(torch.float8_e4m3fn)  # of every magnitude, and no NaN
+    scale = torch.rand(len(codes), 1, device="cuda") * 1e-3
+    into = torch.zeros(len(codes), out, device="cuda", dtype=torch.bfloat16)
+    added = backend_named("torch").added("fp8", "fp8")
+    assert added is not None and codes.numel() > 2**31
+    added.add(codes, scale, slots, None, into)
+    weight = FORMATS["fp8"].dequantize(slots).double().T
+    for part in (slice(last), slice(-last, None)):
+        assert error(into[part], (codes[part].double() * scale[part]) @ weight) < 0.04
 
 
 @pytest.mark.parametrize("weights", ["fp8", "nvfp4"])

@@ -37,7 +37,7 @@ CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F = 3
 CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1
 WORKSPACE = 32 << 20  # bytes, at most: what NVIDIA advises for Hopper
 PLACE = 256  # an address that nothing reads: an algorithm is chosen only once the scales have places
-SHAPES = 64  # products of which the descriptors are kept: three a size of clip
+SHAPES = 64  # products of which the descriptors are kept: a clip's size has two, of o and of ffn.2
 FP32_WIDTH = 3072  # at 1536 a pass over an fp32 stream is faster
 ONE = ctypes.byref(ctypes.c_float(1.0))
 
@@ -189,8 +189,9 @@ def add(
     """into += (codes * token_scale) @ (weight * scale).T, summed in the tensor cores' fast mode and rounded once.
 
     codes [tokens, in] e4m3, token_scale [tokens, 1] fp32, weight [out, in] e4m3 or e5m2, scale [out] fp32 of either
-    sign, into [tokens, out] bf16 or fp32: contiguous, on one GPU, at addresses and of sizes (in, out) that are
-    multiples of 16.
+    sign, into [tokens, out] bf16 or fp32: contiguous, on one GPU, at least one token, in and out multiples of 16. None
+    of that is looked at here: the library would multiply whatever lies there. Matrices begin at multiples of 256 bytes
+    as torch's allocations do, for which the library chooses an algorithm, scales at multiples of 16.
     """
     index = into.device.index
     with torch.cuda.device(index):

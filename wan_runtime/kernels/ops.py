@@ -49,7 +49,7 @@ def _(
 
 
 def norm_modulate(x: torch.Tensor, modulation: Modulation, codes: int) -> Rows:
-    """See the kernel's module."""
+    """See the kernel's module. There is no offset: compiled, no product adds itself to the stream."""
     m = modulation
     return _rows(_norm_modulate_op(x, m.factor, m.shift, m.eps, m.plus, m.index, codes), codes)
 
