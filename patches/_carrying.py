@@ -75,8 +75,16 @@ def _following(place: Place, stream: torch.Tensor) -> Entrance | None:
     """How the next block begins, where it is on the fused forward, here, and was given our stream before."""
     shared, number = place.shared, place.number + 1
     block = shared.blocks.get(number)
-    entrance = None if block is None or number in shared.unwanted else place.entrance(block)
+    if block is None or number in shared.unwanted or _brought(block):
+        return None
+    entrance = place.entrance(block)
     return None if entrance is None or entrance.own.device != stream.device else entrance
+
+
+def _brought(block: nn.Module) -> bool:
+    """Whether diffusers' group offloading brings a block's tensors: until its turn they may be on their way."""
+    registry = block.__dict__.get("_diffusers_hook")
+    return registry is not None and registry.get_hook("group_offloading") is not None
 
 
 def _first_norm(entrance: Entrance, made: Modulation) -> Following:

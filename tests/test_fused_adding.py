@@ -122,6 +122,17 @@ def test_a_host_that_adds_to_the_stream_between_blocks_is_heeded() -> None:
     assert len(arithmetic.into) == 6 + 7  # the second block still begins with a stream of the host's
 
 
+def test_a_block_that_is_brought_in_its_turn_is_not_begun_before() -> None:
+    _, twin, arithmetic = in_diffusers(Sizes(layers=3))
+    expected = test_fused_block.run(twin)
+    cpu = torch.device("cpu")
+    twin.enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+    arithmetic.into.clear()
+    for _ in range(2):
+        assert error(test_fused_block.run(twin), expected) < 1e-6
+    assert len(arithmetic.into) == 6 + 6
+
+
 @pytest.mark.parametrize(
     "left_out", ["blocks.1.attn1.to_out.0", "blocks.1.attn2.to_out.0", "blocks.1.ffn.net.2", "blocks.0.attn2.to_q"]
 )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 import wan_runtime
 from tests.builders.wan import Sizes
 from tests.hosts.diffusers import error, inputs, latents, pipeline, run, transformer
+from wan_runtime.backends import _cublaslt
 from wan_runtime.linear import quantised_layers
 
 pytestmark = pytest.mark.gpu
@@ -55,7 +56,11 @@ def on(device: str, model: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("weights", ["fp8", "nvfp4"])
 @pytest.mark.parametrize("how", ENABLE)
-def test_offloaded_output_is_the_resident_output(how: str, weights: str) -> None:
+def test_offloaded_output_is_the_resident_output(
+    how: str, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Added by a pass the stream is rounded alike whether a block before has begun the next one's work or not.
+    monkeypatch.setitem(_cublaslt._REFUSED, 0, "it is not asked in this test")
     resident = pipeline(patched(weights, fuse=how in WHOLE_BLOCKS)).to("cuda")
     before = latents(resident, steps=3)
     assert on("cuda", resident.transformer)
