@@ -26,16 +26,16 @@ class Entrance:
 
 @dataclass(frozen=True)
 class Place:
-    """A block among those of its model. `entrance` says how another one begins, or None where that is not fused."""
+    """A block's number among those of its model. `entrance` says how another one begins, or None where that is not
+    fused."""
 
-    block: nn.Module
     number: int
-    shared: Shared
     entrance: Callable[[nn.Module], Entrance | None]
 
 
 def run(
-    place: Place,
+    shared: Shared,
+    place: Place | None,
     parts: _fused.Block,
     stream: torch.Tensor,
     steps: torch.Tensor,
@@ -46,19 +46,18 @@ def run(
 ) -> torch.Tensor:
     """`_fused.forward` of a block, given what the block before it has made, and making the same for the next.
 
-    steps and own are what `_modulation.rows_of` takes; the rest is `_fused.forward`'s.
+    place is None where torch.compile traces: there are no identities to tell a stream by, and each number would have a
+    graph of its own. steps and own are what `_modulation.rows_of` takes; the rest is `_fused.forward`'s.
     """
     batch, tokens, _ = stream.shape
-    shared, number = place.shared, place.number
-    # Compiled there are no identities to tell a stream by, and in inference mode no versions.
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or stream.is_inference():
+    # In inference mode there are no versions.
+    if place is None or torch.is_inference_mode_enabled() or stream.is_inference():
         modulation, index = rows_of(own, steps, batch, tokens, shared)
         return _fused.forward(parts, stream, modulation, index, table, context, kernels)[0]
-    shared.blocks[number] = place.block
-    carried = shared.take(number, stream, steps)
+    carried = shared.take(place.number, stream, steps)
     modulation, index = rows_of(own, steps, batch, tokens, shared) if carried is None else carried.modulation
     begun = None if carried is None else carried.begun
-    entrance = _following(place, stream)
+    entrance = _following(shared, place, stream)
     following = after = None
     if entrance is not None:
         after = rows_of(entrance.own, steps, batch, tokens, shared)
@@ -67,17 +66,14 @@ def run(
         parts, stream, modulation, index, table, context, kernels, begun=begun, following=following
     )
     if after is not None and next_begun is not None:
-        shared.carry(number + 1, result, steps, after, next_begun)
+        shared.carry(place.number + 1, result, steps, after, next_begun)
     return result
 
 
-def _following(place: Place, stream: torch.Tensor) -> Entrance | None:
-    """How the next block begins, where it is on the fused forward, here, and was given our stream before."""
-    shared, number = place.shared, place.number + 1
-    block = shared.blocks.get(number)
-    if block is None or number in shared.unwanted or _brought(block):
-        return None
-    entrance = place.entrance(block)
+def _following(shared: Shared, place: Place, stream: torch.Tensor) -> Entrance | None:
+    """How the next block begins, where it is on the fused forward and here."""
+    block = shared.blocks.get(place.number + 1)
+    entrance = None if block is None or _brought(block) else place.entrance(block)
     return None if entrance is None or entrance.own.device != stream.device else entrance
 
 

@@ -16,13 +16,13 @@ from wan_runtime.errors import InvalidOption
 from wan_runtime.residents import Move, OwnDtype, become, kind_of, restore
 
 from . import Blocks, _carrying, _fused, _text
-from ._called import KEY, leaf, number
+from ._called import KEY, leaf
 from ._context import keys_values
 from ._modulation import distinct
 from ._original_attention import TEXT_TOKENS, attending_of, has_image, install, installed, uninstall
 from ._original_shape import host_class, unlike
 from ._rotary import Rotations
-from ._shared import Shared
+from ._shared import Shared, announce
 from ._unfusable import notes, obstacle, traced
 
 MEMO = "_wan_runtime_fused"  # of a fused block: a Memo
@@ -50,7 +50,8 @@ class _Fused(OwnDtype):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        number(self)
+        memo: Memo = self.__dict__[MEMO]
+        announce(self, memo.shared, memo.number)
 
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
         self.__dict__[MEMO].shared.clear()
@@ -146,7 +147,7 @@ def fuse(model: Any, kernels: str = "TRITON") -> list[str]:
     for at, block in enumerate(model.blocks):
         become(block, KINDS[str(host_class(block))])
         block.__dict__[MEMO] = Memo(shared, rotations, at, kernels, said)
-        number(block)
+        announce(block, shared, at)
     for name, last in (("time_embedding", False), ("time_projection", True)):
         part = getattr(model, name)
         become(part, FusedTime)
@@ -220,8 +221,10 @@ def run(
     parts = _parts(block, x.shape[1], memo)
     context_kv = keys_values(parts.cross_attention, context, image, memo.shared, memo.number, kernels)
     stream = x.to(torch.promote_types(x.dtype, steps.dtype))
-    place = _carrying.Place(block, memo.number, memo.shared, _entrance)
-    return _carrying.run(place, parts, stream, steps, block.modulation, table, context_kv, kernels)
+    place = None if torch.compiler.is_compiling() else _carrying.Place(memo.number, _entrance)
+    return _carrying.run(
+        memo.shared, place, parts, stream, steps, block.modulation, table, context_kv, kernels
+    )
 
 
 def _entrance(block: Any) -> _carrying.Entrance | None:

@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
+from ._called import number
 from ._fused import KeysValues
 from ._stream import Begun
 
@@ -57,14 +58,15 @@ class Shared:
     prompts  K and V of the last prompts, a block: they depend on the prompt and the weights alone.
     rotary   the host's table, and the one made of it, kept while the host hands out the same.
     folded   weights of norms with FP8 attention's static scales in them, a block.
-    blocks   the blocks that have run, by their number.
-    carried  what a block has made for the block of a number; `unwanted` are the numbers whose block was then given
-             another stream (a host may add to it, or leave blocks out), for which none is made again.
+    blocks   the blocks, by their number; they say so themselves, so that a copy's are the copy's.
+    carried  what a block has made for the block of a number. Where that is given another stream (a host may add to it,
+             or leave blocks out) it is made in vain, each time: no result may hang on what was run before.
     steps    the distinct timesteps' modulation of this forward, where the host expands it to every token.
     cast     this forward's modulation, its version, and the same in fp32.
     """
 
     def __init__(self) -> None:
+        self.blocks: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
         self.clear()
 
     def clear(self) -> None:
@@ -73,9 +75,7 @@ class Shared:
         self.current: tuple[torch.Tensor, Prompt] | None = None
         self.folded: dict[int, tuple[Folded, Folded]] = {}
         self.rotary: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.blocks: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
         self.carried: dict[int, Carried] = {}
-        self.unwanted: set[int] = set()
         self.steps: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.cast: tuple[torch.Tensor, int, torch.Tensor] | None = None
 
@@ -84,7 +84,6 @@ class Shared:
         self.current = None
         self.steps = None
         self.cast = None
-        self.unwanted |= self.carried.keys()
         self.carried = {}
 
     def in_fp32(self, steps: torch.Tensor) -> torch.Tensor:
@@ -99,12 +98,7 @@ class Shared:
     def take(self, number: int, stream: torch.Tensor, temb: torch.Tensor) -> Carried | None:
         """What was carried to a block, or None where there is nothing for what it was given."""
         carried = self.carried.pop(number, None)
-        if carried is None:
-            return None
-        if carried.is_for(stream, temb):
-            return carried
-        self.unwanted.add(number)
-        return None
+        return carried if carried is not None and carried.is_for(stream, temb) else None
 
     def carry(
         self, number: int, stream: torch.Tensor, temb: torch.Tensor, modulation: Modulation, begun: Begun
@@ -116,6 +110,7 @@ class Shared:
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.blocks = WeakValueDictionary()
         self.clear()
 
     def keys_values(
@@ -144,6 +139,12 @@ class Shared:
         if self.rotary is None or self.rotary[0] is not cosines:
             self.rotary = (cosines, _table(cosines, sines))
         return self.rotary[1]
+
+
+def announce(block: nn.Module, shared: Shared, at: int) -> None:
+    """Make a block, or a copy of one, known to those that it shares with, and to compiled graphs."""
+    shared.blocks[at] = block
+    number(block)
 
 
 def _table(cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,9 @@ from wan_runtime.residents import Move, OwnDtype, become, kind_of, restore
 
 from . import Blocks, _carrying, _fused, _text
 from ._attention_processor import TEXT_TOKENS, Processor, install, uninstall
-from ._called import KEY, leaf, number
+from ._called import KEY, leaf
 from ._context import keys_values
-from ._shared import Shared
+from ._shared import Shared, announce
 from ._unfusable import notes, obstacle, traced
 
 CLASSES = ("WanTransformerBlock", "WanVACETransformerBlock")
@@ -52,7 +52,7 @@ class FusedBlock(OwnDtype):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        number(self)
+        announce(self, *self.__dict__[MEMO][:2])
 
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
         self.__dict__[MEMO][0].clear()
@@ -112,7 +112,7 @@ def fuse(model: nn.Module, kernels: str = "TRITON") -> list[str]:
     for at, (_, block) in enumerate(blocks):
         become(block, FusedBlock)
         block.__dict__[MEMO] = (shared, at, kernels)
-        number(block)
+        announce(block, shared, at)
     for name, kind in (("condition_embedder", FusedEmbedder), ("rope", FusedRotary)):
         part = getattr(model, name, None)
         if isinstance(part, nn.Module):
@@ -181,8 +181,8 @@ def run(
     cross = parts.cross_attention
     image = 0 if cross.image is None else encoder_hidden_states.shape[1] - TEXT_TOKENS
     context = keys_values(cross, encoder_hidden_states, image, shared, at, chosen)
-    place = _carrying.Place(block, at, shared, _entrance)
-    return _carrying.run(place, parts, x, temb, block.scale_shift_table, table, context, chosen)
+    place = None if torch.compiler.is_compiling() else _carrying.Place(at, _entrance)
+    return _carrying.run(shared, place, parts, x, temb, block.scale_shift_table, table, context, chosen)
 
 
 def _entrance(block: Any) -> _carrying.Entrance | None:

@@ -154,9 +154,9 @@ def test_two_sizes_and_a_table_for_each(spy: Spy, monkeypatch: pytest.MonkeyPatc
 def test_a_blocks_end_makes_the_next_ones_first_norm(release: str, norms: list[int]) -> None:
     model = patched(Sizes(layers=3), release)
     twin = fused(model)
-    assert error(run(twin), run(model)) < EXACT and len(norms) == 3
-    norms.clear()
-    assert error(run(twin), run(model)) < EXACT and len(norms) == 1
+    for _ in range(2):
+        norms.clear()
+        assert error(run(twin), run(model)) < EXACT and len(norms) == 1
 
 
 @pytest.mark.parametrize("release", ["2.1", "2.2"])
