@@ -105,14 +105,14 @@ def test_inspect_prints_a_table_a_file_or_a_list_of_them(fp8: Path, command: Com
     assert (status, fields["dialect"], fields["formats"]) == (0, "comfy_scaled_fp8", {"fp8": 20})
 
 
-def test_an_undecided_file_is_refused_in_one_sentence_and_read_once_named(
+def test_an_undecided_file_is_shown_and_refused_in_one_sentence_and_read_once_named(
     undecided: Path, command: Command
 ) -> None:
     done = command("inspect", undecided)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"wan-runtime: {undecided}: ")
+    assert done.returncode == 1
+    assert "undecided: 2 dialects fit" in done.stdout and "20 x U8" in done.stdout
+    assert done.stderr.startswith(f"wan-runtime: {undecided}: ") and done.stderr.count("\n") == 1
     assert "--dialect comfy or --dialect modelopt" in done.stderr
-    assert "Traceback" not in done.stderr
     assert quick("inspect", undecided, "--dialect", "modelopt")[0] == 0
 
 
@@ -124,7 +124,7 @@ def test_a_bad_file_does_not_hide_the_others(undecided: Path, fp8: Path) -> None
     status, text, _ = quick("inspect", undecided, fp8, "--json")
     first, second = json.loads(text)
     assert (status, second["dialect"]) == (1, "comfy_scaled_fp8")
-    assert "--reference" in first["error"]
+    assert "--reference" in first["error"] and first["claims"].keys() == {"comfy", "modelopt"}
 
 
 def test_convert_writes_a_file_and_says_what_it_did(fp8: Path, tmp_path: Path, command: Command) -> None:

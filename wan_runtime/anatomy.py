@@ -144,7 +144,7 @@ def _layers(header: Header, paths: Mapping[str, str], checkpoint: Checkpoint | N
     """Every block Linear whose weight is there. `paths`: key -> its path in the original spelling."""
     found: dict[str, dict[str, str]] = {}  # module -> leaf -> key
     for key, path in paths.items():
-        module = _block_linear(path)
+        module = block_linear(path)
         if module is not None:
             found.setdefault(module, {})[path.removeprefix(f"{module}.")] = key
     layers = {}
@@ -159,7 +159,7 @@ def _layers(header: Header, paths: Mapping[str, str], checkpoint: Checkpoint | N
     return layers
 
 
-def _block_linear(path: str) -> str | None:
+def block_linear(path: str) -> str | None:
     """The block Linear that a tensor belongs to, however many components its own name has."""
     parts = path.split(".")
     modules = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))

@@ -9,13 +9,13 @@ import dataclasses
 import json
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from wan_runtime.console import FAILED, Commands, complain, show, status_of
 from wan_runtime.convert_command import convert
-from wan_runtime.errors import WanRuntimeError
+from wan_runtime.errors import AmbiguousDialect, UnknownDialect, WanRuntimeError
 from wan_runtime.generate_command import generate
 from wan_runtime.options import (
     Activation,
@@ -34,6 +34,9 @@ from wan_runtime.options import (
     Weights,
 )
 from wan_runtime.version import VERSION
+
+if TYPE_CHECKING:
+    from wan_runtime.undecided import Undecided
 
 app = typer.Typer(
     cls=Commands,
@@ -79,9 +82,12 @@ def inspect(
         try:
             result = inspect_checkpoint(file, dialect, reference)
         except WanRuntimeError as error:
+            found = _undecided(error)
+            if found is not None and not as_json:
+                show(found, False)
             complain(str(error))
             statuses.append(status_of(error))
-            fields.append({"path": str(file), "error": str(error)})
+            fields.append({"path": str(file), "error": str(error)} if found is None else found.to_dict())
             continue
         fields.append(result.to_dict())
         if not as_json:
@@ -89,6 +95,15 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(fields, indent=2))
     raise typer.Exit(max(statuses))
+
+
+def _undecided(error: WanRuntimeError) -> Undecided | None:
+    """What can be told of a file whose dialect is not known; None where it was refused for another reason."""
+    if not isinstance(error, AmbiguousDialect | UnknownDialect):
+        return None
+    from wan_runtime.undecided import describe_undecided
+
+    return describe_undecided(error)
 
 
 @app.command()

@@ -62,10 +62,10 @@ class Inspection:
         table.add_row("model", self.variant)
         table.add_row("written by", f"{self.dialect}: {self.evidence}")
         table.add_row("names", self.names + (f", prefix {self.prefix!r}" if self.prefix else ""))
-        table.add_row("quantised layers", _listed(self.formats) or "none")
+        table.add_row("quantised layers", listed(self.formats) or "none")
         for blocks, names in _by_blocks(self.high).items() if self.formats else ():
             table.add_row("left unquantised", f"{', '.join(names)} in blocks {blocks}")
-        table.add_row("other tensors", _listed(self.kept))
+        table.add_row("other tensors", listed(self.kept))
         table.add_row("input scales", f"{self.input_scales} of {sum(self.formats.values())} layers")
         table.add_row("size", f"{self.bytes / 2**20:,.1f} MiB in {self.tensors} tensors")
         table.add_row("here", self.machine)
@@ -85,7 +85,11 @@ def inspect_checkpoint(
     path: Path | str, dialect: str | None = None, reference: Path | str | None = None
 ) -> Inspection:
     """Open a file and describe it. Raises as open_checkpoint does."""
-    checkpoint = open_checkpoint(path, dialect=dialect, reference=reference)
+    return describe(open_checkpoint(path, dialect=dialect, reference=reference))
+
+
+def describe(checkpoint: Checkpoint) -> Inspection:
+    """An opened file in figures."""
     header = checkpoint.header
     variant = dataclasses.asdict(checkpoint.variant)
     name = str(variant.pop("name"))
@@ -113,7 +117,8 @@ def inspect_checkpoint(
     )
 
 
-def _listed(counts: Mapping[str, int]) -> str:
+def listed(counts: Mapping[str, int]) -> str:
+    """Counts in words: "300 x fp8, 6 x bf16"; nothing of none."""
     return ", ".join(f"{count} x {name}" for name, count in counts.items())
 
 
@@ -191,7 +196,7 @@ def _odd(checkpoint: Checkpoint) -> tuple[str, ...]:
     low = Counter(entries[k].dtype for k in norms if entries[k].dtype != "F32")
     if low:
         notes.append(
-            f"norms and modulation are stored in {_listed(low)}, not fp32: what was rounded stays rounded"
+            f"norms and modulation are stored in {listed(low)}, not fp32: what was rounded stays rounded"
         )
     biases = Counter(
         entries[k].dtype
@@ -199,5 +204,5 @@ def _odd(checkpoint: Checkpoint) -> tuple[str, ...]:
         if p.endswith(".bias") and entries[k].dtype != "F32"
     )
     if biases:
-        notes.append(f"biases are stored in {_listed(biases)}, not fp32")
+        notes.append(f"biases are stored in {listed(biases)}, not fp32")
     return tuple(notes)
