@@ -103,19 +103,20 @@ def base_of(checkpoint: Checkpoint, given: Path | str | None, *, look_up: bool =
         return _opened(str(given), look_up)
     if checkpoint.variant == open_checkpoint(tiny_checkpoint()).variant:
         return _opened(str(tiny_base()), look_up)
+    release = release_of(checkpoint.variant) or "--base; no release of these sizes is known"
     raise InvalidOption(
         f"{checkpoint.path} holds the transformer alone, of {checkpoint.variant.name}. Name the diffusers directory or "
-        f"hub id that has its text encoder, VAE, tokenizer and scheduler with {_release(checkpoint.variant)}."
+        f"hub id that has its text encoder, VAE, tokenizer and scheduler with {release}."
     )
 
 
-def _release(variant: Variant) -> str:
-    """The option to give, as far as it is known."""
+def release_of(variant: Variant) -> str | None:
+    """The options that name the releases which can be a variant's base, in words; None where none is known."""
     for start, releases in RELEASES.items():
         if variant.name.partition(" ")[0] == start:
             named = (f"--base {name}" + (f" ({use})" if use else "") for name, use in releases.items())
             return " or ".join(named)
-    return "--base; no release of these sizes is known"
+    return None
 
 
 def _opened(base: str, look_up: bool) -> Base:

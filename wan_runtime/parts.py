@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wan_runtime.base_parts import PARTS, problem
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint
 from wan_runtime.containers import read_header
 from wan_runtime.errors import CheckpointError, InvalidOption
@@ -16,6 +17,7 @@ from wan_runtime.vaes import latent_channels
 
 GIVEN = Path | str
 CLASSES = {"text encoder": ("UMT5EncoderModel",), "VAE": ("AutoencoderKLWan",)}
+FOLDERS = {"text encoder": "text_encoder", "VAE": "vae"}  # as a base calls them
 OPTIONS = {"text encoder": "--text-encoder", "VAE": "--vae"}
 VAES = {
     16: "the Wan2.1 VAE (of every model but TI2V-5B, A14B's too)",
@@ -85,6 +87,9 @@ def _check_folder(part: str, option: str, path: Path) -> None:
         raise InvalidOption(
             f"{option} {path} is not a {part}: its config.json says {held}; wanted {CLASSES[part][0]}."
         )
+    why = problem(path, PARTS[FOLDERS[part]])
+    if why is not None:
+        raise InvalidOption(f"{option} {path} is not a whole {part}: {why}. Download it again.")
 
 
 def _check_vae(transformer: Checkpoint, vae: GIVEN) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wan_runtime.base_parts import check_base
 from wan_runtime.bases import Base, base_of, kind_of, tiny_checkpoint
 from wan_runtime.errors import InvalidOption
 from wan_runtime.generating import Pipeline
@@ -57,6 +58,7 @@ def load_pipeline(
     found = _prepare(
         checkpoint, checkpoint_low, base, text_encoder, vae, device, dtype, patch_options, look_up=True
     )
+    scheduler = _scheduler(found.base)
     options = {"device": found.device, "dtype": found.dtype, **patch_options}
     transformers = {
         "transformer": load(checkpoint, **options),
@@ -65,6 +67,7 @@ def load_pipeline(
     assert found.base.index is not None
     pipe = _assemble(found, text_encoder, vae, {
         **transformers,
+        "scheduler": scheduler,
         "boundary_ratio": found.boundary,
         "expand_timesteps": bool(found.base.index.get("expand_timesteps", False)),
     })  # fmt: skip
@@ -104,6 +107,8 @@ def plan_pipeline(
     found = _prepare(
         checkpoint, checkpoint_low, base, text_encoder, vae, device, dtype, patch_options, look_up=False
     )
+    if found.base.index is not None:
+        _scheduler(found.base)
     files = [file for file in (checkpoint, checkpoint_low) if file is not None]
     models = [load(file, device="meta", dtype=found.dtype, **patch_options) for file in files]
     # patched already, by load: this only hands out its report
@@ -142,6 +147,7 @@ def _prepare(
     opened = check_given(checkpoint, checkpoint_low, text_encoder, vae, naming)
     kind = kind_of(opened)
     found = base_of(opened, base, look_up=look_up)
+    check_base(found, opened, text_encoder, vae)
     return _Prepared(
         base=found,
         kind=kind,
@@ -156,9 +162,7 @@ def _assemble(
 ) -> Pipeline:
     import diffusers
 
-    assert found.base.index is not None
     base, device = found.base.name, found.device
-    scheduler = getattr(diffusers, found.base.index["scheduler"][1])
     encoder, tokenizer = _text(base, text_encoder, device, found.dtype)
     if parts["transformer"].config.image_dim is not None:
         parts = {**parts, **_image_encoder(base, device)}
@@ -166,11 +170,26 @@ def _assemble(
         tokenizer=tokenizer,
         text_encoder=encoder,
         vae=_vae(base, vae, device),
-        scheduler=_part(scheduler, base, "scheduler"),
         **parts,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _scheduler(base: Base) -> Any:
+    """The base's scheduler: a few numbers, and of no use to a model that would have to be loaded first."""
+    import diffusers
+
+    assert base.index is not None
+    entry = base.index.get("scheduler")
+    name = entry[-1] if isinstance(entry, list) and entry else None
+    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
+        raise InvalidOption(
+            f"--base {base.name}: its model_index.json says scheduler: {entry!r}, and diffusers "
+            f"{diffusers.__version__} has no scheduler of that name. Download the base again, or update diffusers."
+        )
+    return _part(cls, base.name, "scheduler")
 
 
 def _image_encoder(base: str, device: torch.device) -> dict[str, Any]:

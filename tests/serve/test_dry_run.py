@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import wan_runtime
+from tests.builders import image_to_video
 from tests.builders.wan import Sizes, hollow
 from tests.serve.test_cli import invoke
 from wan_runtime.bases import tiny_base, tiny_checkpoint
@@ -88,6 +92,54 @@ def test_a_base_that_is_missing_or_none_is_refused_in_the_words_of_the_start(
     result = invoke("--dry-run", *options)
     assert (result.exit_code, said in result.output) == (1, True), result.output
     assert starting_says(*options) in result.output
+
+
+def cut(base: Path, file: str) -> None:
+    """As a download that was stopped leaves it."""
+    whole = (base / file).read_bytes()
+    (base / file).unlink()
+    (base / file).write_bytes(whole[: len(whole) // 2])
+
+
+def without_the_scheduler_s_name(base: Path) -> None:
+    index = base / "model_index.json"
+    fields = json.loads(index.read_text())
+    del fields["scheduler"]
+    index.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda base: shutil.rmtree(base / "vae"), "vae (there is no such folder)"),
+        (
+            lambda base: shutil.rmtree(base / "text_encoder"),
+            "In place of text_encoder, --text-encoder serves too.",
+        ),
+        (lambda base: shutil.rmtree(base / "tokenizer"), "tokenizer (there is no such folder)"),
+        (lambda base: shutil.rmtree(base / "scheduler"), "scheduler (there is no such folder)"),
+        (
+            lambda base: (base / "vae/diffusion_pytorch_model.safetensors").unlink(),
+            "it has no diffusion_pytorch_model.safetensors or diffusion_pytorch_model.safetensors.index.json; it holds "
+            "config.json",
+        ),
+        (lambda base: cut(base, "text_encoder/model.safetensors"), "the file is cut short"),
+        (lambda base: cut(base, "vae/config.json"), "its config.json cannot be read"),
+        (without_the_scheduler_s_name, "says scheduler: None"),
+    ],
+)
+def test_a_base_that_lacks_a_part_is_refused_in_the_words_of_the_start(
+    tmp_path: Path, damage: Callable[[Path], object], said: str
+) -> None:
+    base = image_to_video.base(tmp_path / "base")
+    result = invoke("--dry-run", "--base", str(base))
+    assert result.exit_code == 0, result.output
+    damage(base)
+    result = invoke("--dry-run", "--base", str(base))
+    assert (result.exit_code, said in result.output, str(base) in result.output) == (1, True, True), (
+        result.output
+    )
+    assert starting_says("--base", str(base)) in result.output
 
 
 def test_the_release_of_a_big_model_is_named_without_reading_it(tmp_path: Path) -> None:
