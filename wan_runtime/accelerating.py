@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from wan_runtime.attention import ATTENTIONS, Choice, Ends, choose
+from wan_runtime.attention import Choice, Ends, choose
 from wan_runtime.errors import BackendUnavailable
 from wan_runtime.kernels import refused
 from wan_runtime.patches import Host
@@ -17,8 +17,6 @@ def attention_for(
     """The attention to use; None leaves the host's own."""
     why = _own_blocks(model, host)
     if host.blocks is None or why is not None:
-        if wanted not in ("auto", *ATTENTIONS):
-            choose(wanted, device, dtype, 0)
         if wanted != "auto":
             raise BackendUnavailable(
                 f"attention={wanted!r}",

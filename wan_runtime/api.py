@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from wan_runtime.swap import (
     undo,
     verify_residents,
 )
+
+NAMING = ("dialect", "reference")  # arguments that say how to read a file
 
 
 def patch(
@@ -131,8 +134,8 @@ def load(
     Returns the patched model in eval mode. Raises as `patch` does.
     """
     target = device_named(device)
-    named = {name: patch_options.pop(name, None) for name in ("dialect", "reference")}
-    options = Options(**{**patch_options, "skip": _patterns(patch_options.get("skip", ()))})
+    named: dict[str, Any] = {name: patch_options.get(name) for name in NAMING}
+    options = options_of(patch_options)
     builder = _builder(host)
     opened = open_checkpoint(checkpoint, **named)
     assert builder.build is not None
@@ -141,6 +144,12 @@ def load(
         parameter.data = parameter.data.to(dtype)
     _patch(model, builder, opened, options, dtype, _readable_on(target))
     return model.to(target)
+
+
+def options_of(patch_options: Mapping[str, Any]) -> Options:
+    """What `load` is asked for, without what says how to read the file. Raises as Options does."""
+    asked = {name: value for name, value in patch_options.items() if name not in NAMING}
+    return Options(**{**asked, "skip": _patterns(asked.get("skip", ()))})
 
 
 def _readable_on(device: torch.device) -> torch.device:

@@ -116,6 +116,47 @@ class ClipProfile:
         return request
 
 
+def profile_for(
+    *,
+    size_multiple: int,
+    in_channels: int,
+    out_channels: int,
+    text_dim: int,
+    two_experts: bool,
+    expand_timesteps: bool,
+) -> ClipProfile:
+    """What a pipeline of these sizes accepts; the defaults are those its model was published with.
+
+    expand_timesteps: whether it takes a timestep a token, as TI2V-5B does.
+    """
+    from_image = in_channels > out_channels
+    common: dict[str, Any] = {
+        "size_multiple": size_multiple,
+        "two_experts": two_experts,
+        "takes_image": "required" if from_image else "optional" if expand_timesteps else "none",
+    }
+    if text_dim == 128:  # the bundled tiny model
+        second = 3.0 if two_experts else None
+        return ClipProfile(
+            **common, width=128, height=128, num_frames=17, fps=8, num_inference_steps=20, guidance_scale=3.0,
+            guidance_scale_2=second, max_pixels=256 * 256, max_frames=65,
+        )  # fmt: skip
+    common |= {"max_pixels": 1920 * 1088, "max_frames": 257}
+    if in_channels == 48:  # Wan2.2 TI2V-5B
+        return ClipProfile(
+            **common, width=1280, height=704, num_frames=121, fps=24, num_inference_steps=50, guidance_scale=5.0
+        )  # fmt: skip
+    if two_experts:  # Wan2.2 A14B; I2V's experts are both published with 3.5
+        first, second = (3.5, 3.5) if from_image else (4.0, 3.0)
+        return ClipProfile(
+            **common, width=1280, height=720, num_frames=81, fps=16, num_inference_steps=40, guidance_scale=first,
+            guidance_scale_2=second,
+        )  # fmt: skip
+    return ClipProfile(
+        **common, width=832, height=480, num_frames=81, fps=16, num_inference_steps=50, guidance_scale=5.0
+    )
+
+
 def check_given(prompt: str, **given: Any) -> None:
     """Raises InvalidRequest for values that no pipeline accepts, so that none need be loaded to refuse them.
 

@@ -3,6 +3,7 @@ whether what was given is one, and what it says of the pipeline; all from header
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint
-from wan_runtime.errors import InvalidOption
+from wan_runtime.errors import InvalidOption, shown
 from wan_runtime.names import Variant
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -125,17 +126,33 @@ def _opened(base: str, look_up: bool) -> Base:
         return Base(base, None)
     if not is_hub_id and not Path(base).is_dir():
         raise _not_a_base(base, "there is no such directory, and a hub id is OWNER/NAME.")
-    from diffusers import DiffusionPipeline
-
-    try:
-        index: dict[str, Any] = DiffusionPipeline.load_config(base)
-    except (OSError, ValueError) as error:
-        raise _not_a_base(base, str(error)) from error
+    index = _looked_up(base) if is_hub_id else _index_in(Path(base))
     if index.get("_class_name") not in (TEXT, IMAGE):
         raise InvalidOption(
             f"--base {base} is a {index.get('_class_name')}; this makes clips with a {TEXT} or a {IMAGE}."
         )
     return Base(base, index)
+
+
+def _index_in(base: Path) -> dict[str, Any]:
+    """A folder's model_index.json; without diffusers, which takes longer to import than all that is refused here."""
+    file = base / "model_index.json"
+    if not file.is_file():
+        held = shown(sorted(path.name for path in base.iterdir())) or "nothing"
+        raise _not_a_base(str(base), f"there is no model_index.json in it; it holds {held}.")
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise _not_a_base(str(base), f"its model_index.json cannot be read: {error}.") from error
+
+
+def _looked_up(hub_id: str) -> dict[str, Any]:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return dict(DiffusionPipeline.load_config(hub_id))
+    except (OSError, ValueError) as error:
+        raise _not_a_base(hub_id, str(error)) from error
 
 
 def _not_a_base(base: str, why: str) -> InvalidOption:

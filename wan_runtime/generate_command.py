@@ -29,6 +29,8 @@ from wan_runtime.options import (
     sizes_of,
 )
 
+DTYPES = ("bfloat16", "float16", "float32")
+
 
 def generate(
     prompt: Annotated[str, typer.Option(help="What the clip is to show.", show_default=False)],
@@ -90,13 +92,13 @@ def generate(
         "num_inference_steps": steps, "guidance_scale": guidance, "guidance_scale_2": guidance_2,
         "flow_shift": flow_shift, "seed": seed, "lora": _strengths(lora),
     }  # fmt: skip
+    _check_output(output)
+    check_given(prompt, **request)
+    materials = {"image": _start_image(image), "loras": _loras(lora_dir, lora)}
     parts = {
         "checkpoint_low": checkpoint_low, "base": base, "text_encoder": text_encoder, "vae": vae,
         "device": device, "dtype": _dtype(dtype), **patch_options,
     }  # fmt: skip
-    _check_output(output)
-    check_given(prompt, **request)
-    materials = {"image": _start_image(image), "loras": _loras(lora_dir, lora)}
     _generate(prompt, output, checkpoint, parts, request, materials, as_json)
 
 
@@ -110,14 +112,16 @@ def _generate(
     as_json: bool,
 ) -> None:
     import wan_runtime
+    from wan_runtime.preparing import planned_profile
 
     image = materials["image"]
     if checkpoint is None:
         typer.echo(
             "No --checkpoint was given: using the bundled tiny model, which draws moving shapes.", err=True
         )
+    profile = planned_profile(checkpoint, **parts)
+    asked = profile.request(prompt, image=image and image.sha256, **request)
     pipe = wan_runtime.load_pipeline(checkpoint, **parts)
-    asked = wan_runtime.clip_profile(pipe).request(prompt, image=image and image.sha256, **request)
     began = time.monotonic()
     with step_bar(asked.num_inference_steps) as on_step:
         clip = wan_runtime.generate(pipe, asked, on_step, **materials)
@@ -132,12 +136,11 @@ def _generate(
 
 
 def _dtype(name: str | None) -> Any:
+    if name not in (None, *DTYPES):
+        raise InvalidOption(f"--dtype {name!r} is not known; choose from {', '.join(DTYPES)}.")
     import torch
 
-    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, None: None}
-    if name not in known:
-        raise InvalidOption(f"--dtype {name!r} is not known; choose from bfloat16, float16, float32.")
-    return known[name]
+    return name and getattr(torch, name)
 
 
 def _start_image(path: Path | None) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from wan_runtime.adapters import Lora, applied
-from wan_runtime.asking import ClipProfile, ClipRequest, check_request
+from wan_runtime.asking import ClipProfile, ClipRequest, check_request, profile_for
 from wan_runtime.errors import InvalidRequest, WanRuntimeError
 from wan_runtime.scheduling import scheduler_of
 from wan_runtime.starting import StartImage, fitted
@@ -42,39 +42,13 @@ class Clip:
 def clip_profile(pipe: Pipeline) -> ClipProfile:
     """What `pipe` accepts, from its own configuration; the defaults are those its model was published with."""
     config = (pipe.transformer or pipe.transformer_2).config
-    scale = int(pipe.vae_scale_factor_spatial) * int(config.patch_size[1])
-    two = pipe.config.boundary_ratio is not None
-    from_image = config.in_channels > config.out_channels
-    common: dict[str, Any] = {
-        "size_multiple": scale,
-        "two_experts": two,
-        "takes_image": "required" if from_image else "optional" if pipe.config.expand_timesteps else "none",
-    }
-    if config.text_dim == 128:  # the bundled tiny model
-        second = 3.0 if two else None
-        return ClipProfile(
-            **common, width=128, height=128, num_frames=17, fps=8, num_inference_steps=20, guidance_scale=3.0,
-            guidance_scale_2=second, max_pixels=256 * 256, max_frames=65,
-        )  # fmt: skip
-    common |= {"max_pixels": 1920 * 1088, "max_frames": 257}
-    if config.in_channels == 48:  # Wan2.2 TI2V-5B
-        return ClipProfile(
-            **common,
-            width=1280,
-            height=704,
-            num_frames=121,
-            fps=24,
-            num_inference_steps=50,
-            guidance_scale=5.0,
-        )
-    if two:  # Wan2.2 A14B; I2V's experts are both published with 3.5
-        first, second = (3.5, 3.5) if from_image else (4.0, 3.0)
-        return ClipProfile(
-            **common, width=1280, height=720, num_frames=81, fps=16, num_inference_steps=40, guidance_scale=first,
-            guidance_scale_2=second,
-        )  # fmt: skip
-    return ClipProfile(
-        **common, width=832, height=480, num_frames=81, fps=16, num_inference_steps=50, guidance_scale=5.0
+    return profile_for(
+        size_multiple=int(pipe.vae_scale_factor_spatial) * int(config.patch_size[1]),
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        text_dim=config.text_dim,
+        two_experts=pipe.config.boundary_ratio is not None,
+        expand_timesteps=bool(pipe.config.expand_timesteps),
     )
 
 

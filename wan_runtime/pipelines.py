@@ -8,16 +8,14 @@ each in the dtype that it needs (the VAE always in fp32), and checked against ea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan_runtime.base_parts import check_base
-from wan_runtime.bases import Base, base_of, kind_of, tiny_checkpoint
+from wan_runtime.bases import Base, tiny_checkpoint
 from wan_runtime.errors import InvalidOption
 from wan_runtime.generating import Pipeline
-from wan_runtime.parts import check_given
+from wan_runtime.preparing import Prepared, prepare
 from wan_runtime.report import Report
 from wan_runtime.text_encoders import load_text_encoder
 from wan_runtime.vaes import load_vae
@@ -55,21 +53,21 @@ def load_pipeline(
     from wan_runtime.api import load
 
     checkpoint = checkpoint or tiny_checkpoint()
-    found = _prepare(
-        checkpoint, checkpoint_low, base, text_encoder, vae, device, dtype, patch_options, look_up=True
-    )
+    found = prepare(
+        checkpoint, checkpoint_low=checkpoint_low, base=base, text_encoder=text_encoder, vae=vae, device=device,
+        dtype=dtype, **patch_options,
+    )  # fmt: skip
     scheduler = _scheduler(found.base)
     options = {"device": found.device, "dtype": found.dtype, **patch_options}
     transformers = {
         "transformer": load(checkpoint, **options),
         "transformer_2": load(checkpoint_low, **options) if checkpoint_low else None,
     }
-    assert found.base.index is not None
     pipe = _assemble(found, text_encoder, vae, {
         **transformers,
         "scheduler": scheduler,
         "boundary_ratio": found.boundary,
-        "expand_timesteps": bool(found.base.index.get("expand_timesteps", False)),
+        "expand_timesteps": found.expand_timesteps,
     })  # fmt: skip
     _check_fit(pipe, found.base.name)
     return pipe
@@ -104,9 +102,10 @@ def plan_pipeline(
     from wan_runtime.api import load, patch
 
     checkpoint = checkpoint or tiny_checkpoint()
-    found = _prepare(
-        checkpoint, checkpoint_low, base, text_encoder, vae, device, dtype, patch_options, look_up=False
-    )
+    found = prepare(
+        checkpoint, checkpoint_low=checkpoint_low, base=base, text_encoder=text_encoder, vae=vae, device=device,
+        dtype=dtype, look_up=False, **patch_options,
+    )  # fmt: skip
     if found.base.index is not None:
         _scheduler(found.base)
     files = [file for file in (checkpoint, checkpoint_low) if file is not None]
@@ -115,50 +114,8 @@ def plan_pipeline(
     return PipelinePlan(found.base, tuple(replace(patch(model), already=False) for model in models))
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """What is known of a pipeline before a weight is loaded. `kind` is diffusers' class."""
-
-    base: Base
-    kind: str
-    boundary: float | None
-    device: torch.device
-    dtype: torch.dtype
-
-
-def _prepare(
-    checkpoint: Path | str,
-    checkpoint_low: Path | str | None,
-    base: Path | str | None,
-    text_encoder: Path | str | None,
-    vae: Path | str | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    patch_options: Mapping[str, Any],
-    *,
-    look_up: bool,
-) -> _Prepared:
-    import torch
-
-    from wan_runtime.backends import device_named
-
-    device = device_named(device)
-    naming = {name: patch_options[name] for name in ("dialect", "reference") if name in patch_options}
-    opened = check_given(checkpoint, checkpoint_low, text_encoder, vae, naming)
-    kind = kind_of(opened)
-    found = base_of(opened, base, look_up=look_up)
-    check_base(found, opened, text_encoder, vae)
-    return _Prepared(
-        base=found,
-        kind=kind,
-        boundary=found.boundary(kind, checkpoint_low is not None),
-        device=device,
-        dtype=dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16),
-    )
-
-
 def _assemble(
-    found: _Prepared, text_encoder: Path | str | None, vae: Path | str | None, parts: dict[str, Any]
+    found: Prepared, text_encoder: Path | str | None, vae: Path | str | None, parts: dict[str, Any]
 ) -> Pipeline:
     import diffusers
 

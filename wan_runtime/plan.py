@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from wan_runtime import rules
-from wan_runtime.attention import Ends
+from wan_runtime.attention import ATTENTIONS, Ends
 from wan_runtime.backends import AUTOMATIC, COMPUTES, Backend, backend_named
 from wan_runtime.errors import BackendUnavailable, InvalidOption
 from wan_runtime.formats import FORMATS
@@ -40,7 +40,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; see `patch`."""
+    """What the user asked for; see `patch`.
+
+    Raises InvalidOption for a value that does not exist or that nothing would heed, BackendUnavailable for such a
+    backend: both are known before a file is opened.
+    """
 
     weights: str = "auto"
     compute: str = "auto"
@@ -51,6 +55,21 @@ class Options:
     fuse: bool = True
     attention_end_blocks: int | None = None
     attention_end_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        known = {
+            "weights": ("auto", "keep", *FORMATS),
+            "compute": ("auto", *COMPUTES),
+            "activation": ("dynamic", "static"),
+            "attention": ("auto", *ATTENTIONS),
+        }
+        for name, values in known.items():
+            value = getattr(self, name)
+            if value not in values:
+                raise InvalidOption(f"{name}={value!r} is not known; choose from {', '.join(values)}.")
+        if self.backend != "auto":
+            backend_named(self.backend)
+        _ = self.ends
 
     @property
     def ends(self) -> Ends:
@@ -125,25 +144,11 @@ def plan(
         device: where the model will run.
         swaps, fp32: the host's rules, by original module path.
 
-    Raises BackendUnavailable for an explicit choice that the device cannot serve, InvalidOption for an unknown one.
+    Raises BackendUnavailable for an explicit choice that the device cannot serve, InvalidOption for a `skip` that would
+    skip nothing.
     """
-    _check(options)
     _check_skip(options, tree)
     return [_decide(node, held, device, options, swaps, fp32) for node in tree]
-
-
-def _check(options: Options) -> None:
-    known = {
-        "weights": ("auto", "keep", *FORMATS),
-        "compute": ("auto", *COMPUTES),
-        "activation": ("dynamic", "static"),
-    }
-    for name, values in known.items():
-        value = getattr(options, name)
-        if value not in values:
-            raise InvalidOption(f"{name}={value!r} is not known; choose from {', '.join(values)}.")
-    if options.backend != "auto":
-        backend_named(options.backend)
 
 
 def _check_skip(options: Options, tree: Sequence[Node]) -> None:

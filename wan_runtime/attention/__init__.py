@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from wan_runtime.catalogue import Catalogue
-from wan_runtime.errors import BackendUnavailable, InvalidOption
+from wan_runtime.errors import BackendUnavailable
 
 # (q [batch, queries, heads, head], k and v [batch, keys, heads, head], at any strides but a contiguous head)
 # -> [batch, queries, heads, head] in q's dtype: softmax(q k^T / sqrt(head)) v, no mask.
@@ -66,11 +66,8 @@ class Choice:
 def choose(wanted: str, device: torch.device, dtype: torch.dtype, head: int) -> Choice | None:
     """The attention for "auto" or a name; None leaves the host's own (auto, without a GPU).
 
-    `head` is the size of one head. Raises InvalidOption for an unknown name and BackendUnavailable for one that cannot
-    be served, with the reason.
+    `head` is the size of one head. Raises BackendUnavailable for a name that cannot be served, with the reason.
     """
-    if wanted != "auto" and wanted not in ATTENTIONS:
-        raise InvalidOption(f"attention={wanted!r} is not known; choose from auto, {', '.join(ATTENTIONS)}.")
     if wanted == "auto" and device.type != "cuda":
         return None
     refusals: dict[str, str] = {}
