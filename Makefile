@@ -14,7 +14,7 @@ CHECKPOINTS := $(foreach kind,comfy-fp8-scaled modelopt-nvfp4,\
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-long soak check bench fuzz clips checkpoints clean
+.PHONY: help demo serve test coverage test-long soak check bench fuzz clips checkpoints clean
 
 help:  ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +25,10 @@ demo: $(READY)  ## Serve the bundled tiny model in NVFP4, generate one clip over
 serve: $(READY)  ## Keep that server up, on port 8000
 	$(BIN)/python examples/demo.py --serve
 
-test: check  ## The checks, then every test, with coverage printed
+test: check  ## The checks, then every test
+	$(BIN)/python -m pytest -m "not long" --numprocesses 2 --dist loadfile
+
+coverage: $(READY)  ## The same tests, and which lines none of them runs; half as long again
 	$(BIN)/python -m pytest -m "not long" --numprocesses 2 --dist loadfile --cov --cov-report=term
 
 test-long: $(READY)  ## The tests that `make test` leaves out: kills and hangs of the server, the whole fault matrix
