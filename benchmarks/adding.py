@@ -13,6 +13,7 @@ import json
 import statistics
 from collections.abc import Callable
 
+import linear
 import torch
 from timing import milliseconds
 
@@ -21,14 +22,8 @@ from wan_runtime.formats import FORMATS
 from wan_runtime.kernels.norm_modulate import Modulation, norm_modulate
 from wan_runtime.kernels.residual_norm import residual_norm
 
-SHAPES = {  # tokens, in, out
-    "14B o": (32760, 5120, 5120),
-    "14B ffn.2": (32760, 13824, 5120),
-    "5B o": (27280, 3072, 3072),
-    "5B ffn.2": (27280, 14336, 3072),
-    "1.3B o": (32760, 1536, 1536),
-    "1.3B ffn.2": (32760, 8960, 1536),
-}
+# tokens, in, out of the products that end in the stream
+SHAPES = {name.replace("qkvo", "o"): shape for name, shape in linear.SHAPES.items() if "ffn.0" not in name}
 
 
 def ways(tokens: int, inp: int, out: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:

@@ -16,7 +16,7 @@ from tests.builders import image_to_video
 from wan_runtime.bases import tiny_base, tiny_checkpoint
 from wan_runtime.generating import clip_profile
 from wan_runtime.pipelines import load_pipeline
-from wan_runtime.preparing import planned_profile
+from wan_runtime.preparing import prepare
 
 EARLY = {  # an option that no clip is made with -> what is said
     ("--size", "831x480"): "width 831 is not a multiple of 16",
@@ -99,7 +99,7 @@ def test_the_planned_profile_is_the_pipeline_s(tmp_path: Path, of_48: tuple[Path
         {"checkpoint": image_to_video.wan22(tmp_path), "checkpoint_low": low, "base": tiny_base()},
     )
     for parts in cases:
-        planned = planned_profile(**parts, device="cpu")
+        planned = prepare(**parts, device="cpu").profile
         assert planned == clip_profile(load_pipeline(**parts, device="cpu")), parts
 
 
@@ -112,5 +112,5 @@ def test_a_vae_file_without_a_base_s_is_told_by_its_channels(
     key = "encoder.downsamples.0.downsamples.0.residual.0.gamma"
     tensors = {key: torch.zeros(2), "conv2.weight": torch.zeros(48, 48, 1, 1, 1)}
     save_file(tensors, tmp_path / "vae.safetensors")
-    profile = planned_profile(of_48[0], base=base, vae=tmp_path / "vae.safetensors", device="cpu")
+    profile = prepare(of_48[0], base=base, vae=tmp_path / "vae.safetensors", device="cpu").profile
     assert profile.size_multiple == 32

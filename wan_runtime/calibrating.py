@@ -21,9 +21,9 @@ from wan_runtime.generating import generate
 from wan_runtime.linear import linear_size
 from wan_runtime.names import to_original
 from wan_runtime.patches import host_of
-from wan_runtime.pipelines import load_pipeline
+from wan_runtime.pipelines import load_prepared
 from wan_runtime.plan import bare
-from wan_runtime.preparing import planned_profile
+from wan_runtime.preparing import prepare
 
 
 def calibrate(
@@ -58,13 +58,13 @@ def calibrate(
             "the checkpoint is one expert; give the other as the low or as the high one, not both."
         )
     high, low = (checkpoint, checkpoint_low) if checkpoint_high is None else (checkpoint_high, checkpoint)
-    options = {"checkpoint_low": low, "fuse": False, **parts}
-    profile = planned_profile(high, **options)
+    found = prepare(high, checkpoint_low=low, fuse=False, **parts)
+    profile = found.profile
     asked = [
         profile.request(prompt, **{"seed": number, **(request or {})})
         for number, prompt in enumerate(prompts)
     ]
-    pipe = load_pipeline(high, **options)
+    pipe = load_prepared(found)
     steps = sum(one.num_inference_steps for one in asked)
     done = 0
     with recorded(pipe.transformer if checkpoint_high is None else pipe.transformer_2) as amax:

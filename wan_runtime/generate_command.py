@@ -112,16 +112,17 @@ def _generate(
     as_json: bool,
 ) -> None:
     import wan_runtime
-    from wan_runtime.preparing import planned_profile
+    from wan_runtime.pipelines import load_prepared
+    from wan_runtime.preparing import prepare
 
     image = materials["image"]
     if checkpoint is None:
         typer.echo(
             "No --checkpoint was given: using the bundled tiny model, which draws moving shapes.", err=True
         )
-    profile = planned_profile(checkpoint, **parts)
-    asked = profile.request(prompt, image=image and image.sha256, **request)
-    pipe = wan_runtime.load_pipeline(checkpoint, **parts)
+    found = prepare(checkpoint, **parts)
+    asked = found.profile.request(prompt, image=image and image.sha256, **request)
+    pipe = load_prepared(found)
     began = time.monotonic()
     with step_bar(asked.num_inference_steps) as on_step:
         clip = wan_runtime.generate(pipe, asked, on_step, **materials)

@@ -67,12 +67,7 @@ class Inspection:
             table.add_row("left unquantised", f"{', '.join(names)} in blocks {blocks}")
         table.add_row("other tensors", listed(self.kept))
         table.add_row("input scales", f"{self.input_scales} of {sum(self.formats.values())} layers")
-        table.add_row("size", f"{self.bytes / 2**20:,.1f} MiB in {self.tensors} tensors")
-        table.add_row("here", self.machine)
-        for name, how in self.runs.items():
-            table.add_row(f"  {name}", how)
-        for note in self.odd:
-            table.add_row("note", note)
+        end_table(table, self.bytes, self.tensors, self.machine, self.runs, self.odd)
         return table
 
     def __str__(self) -> str:
@@ -115,6 +110,18 @@ def describe(checkpoint: Checkpoint) -> Inspection:
         runs=prospects.classes(formats, driver),
         odd=(*_odd(checkpoint), *_uneven(checkpoint), *_tight(header.nbytes, driver)),
     )
+
+
+def end_table(
+    table: Table, size: int, tensors: int, machine: str, runs: Mapping[str, str], notes: Iterable[str]
+) -> None:
+    """The rows that a file's table ends with: how large it is, how it would run here, and what a user should know."""
+    table.add_row("size", f"{size / 2**20:,.1f} MiB in {tensors} tensors")
+    table.add_row("here", machine)
+    for name, how in runs.items():
+        table.add_row(f"  {name}", how)
+    for note in notes:
+        table.add_row("note", note)
 
 
 def listed(counts: Mapping[str, int]) -> str:

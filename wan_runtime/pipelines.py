@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan_runtime.bases import Base, tiny_checkpoint
+from wan_runtime.bases import Base
 from wan_runtime.errors import InvalidOption
 from wan_runtime.generating import Pipeline
 from wan_runtime.preparing import Prepared, prepare
@@ -50,20 +50,23 @@ def load_pipeline(
     `patch_options` go to `wan_runtime.load`. Raises InvalidOption for parts that do not fit each other, and what
     `load` raises for the file.
     """
-    from wan_runtime.api import load
-
-    checkpoint = checkpoint or tiny_checkpoint()
-    found = prepare(
+    return load_prepared(prepare(
         checkpoint, checkpoint_low=checkpoint_low, base=base, text_encoder=text_encoder, vae=vae, device=device,
         dtype=dtype, **patch_options,
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def load_prepared(found: Prepared) -> Pipeline:
+    """`load_pipeline` of parts that were looked at already."""
+    from wan_runtime.api import load
+
     scheduler = _scheduler(found.base)
-    options = {"device": found.device, "dtype": found.dtype, **patch_options}
+    options = {"device": found.device, "dtype": found.dtype, **found.options}
     transformers = {
-        "transformer": load(checkpoint, **options),
-        "transformer_2": load(checkpoint_low, **options) if checkpoint_low else None,
+        "transformer": load(found.checkpoint, **options),
+        "transformer_2": load(found.checkpoint_low, **options) if found.checkpoint_low else None,
     }
-    pipe = _assemble(found, text_encoder, vae, {
+    pipe = _assemble(found, {
         **transformers,
         "scheduler": scheduler,
         "boundary_ratio": found.boundary,
@@ -101,32 +104,29 @@ def plan_pipeline(
     """
     from wan_runtime.api import load, patch
 
-    checkpoint = checkpoint or tiny_checkpoint()
     found = prepare(
         checkpoint, checkpoint_low=checkpoint_low, base=base, text_encoder=text_encoder, vae=vae, device=device,
         dtype=dtype, look_up=False, **patch_options,
     )  # fmt: skip
     if found.base.index is not None:
         _scheduler(found.base)
-    files = [file for file in (checkpoint, checkpoint_low) if file is not None]
-    models = [load(file, device="meta", dtype=found.dtype, **patch_options) for file in files]
+    files = [file for file in (found.checkpoint, found.checkpoint_low) if file is not None]
+    models = [load(file, device="meta", dtype=found.dtype, **found.options) for file in files]
     # patched already, by load: this only hands out its report
     return PipelinePlan(found.base, tuple(replace(patch(model), already=False) for model in models))
 
 
-def _assemble(
-    found: Prepared, text_encoder: Path | str | None, vae: Path | str | None, parts: dict[str, Any]
-) -> Pipeline:
+def _assemble(found: Prepared, parts: dict[str, Any]) -> Pipeline:
     import diffusers
 
     base, device = found.base.name, found.device
-    encoder, tokenizer = _text(base, text_encoder, device, found.dtype)
+    encoder, tokenizer = _text(base, found.text_encoder, device, found.dtype)
     if parts["transformer"].config.image_dim is not None:
         parts = {**parts, **_image_encoder(base, device)}
     pipe: Pipeline = getattr(diffusers, found.kind)(
         tokenizer=tokenizer,
         text_encoder=encoder,
-        vae=_vae(base, vae, device),
+        vae=_vae(base, found.vae, device),
         **parts,
     )
     pipe.set_progress_bar_config(disable=True)

@@ -31,8 +31,16 @@ SCALE = "scale_factor_spatial"  # in a VAE's configuration: pixels a latent, alo
 
 @dataclass(frozen=True)
 class Prepared:
-    """A pipeline's parts, looked at. `kind` is diffusers' class."""
+    """A pipeline's parts, looked at, and what they were given as: `checkpoint` to `options` are `load_pipeline`'s.
 
+    kind  diffusers' class.
+    """
+
+    checkpoint: Path | str
+    checkpoint_low: Path | str | None
+    text_encoder: Path | str | None
+    vae: Path | str | None
+    options: Mapping[str, Any]
     transformer: Checkpoint
     base: Base
     kind: str
@@ -44,6 +52,19 @@ class Prepared:
     def expand_timesteps(self) -> bool:
         """Whether the model takes a timestep a token, which the base says."""
         return bool((self.base.index or {}).get("expand_timesteps", False))
+
+    @property
+    def profile(self) -> ClipProfile:
+        """What `clip_profile` will say of the pipeline. Raises InvalidOption where the base's VAE cannot be asked."""
+        variant = self.transformer.variant
+        return profile_for(
+            size_multiple=_scale(self.base, self.vae) * PATCH[1],
+            in_channels=variant.in_channels,
+            out_channels=variant.out_channels,
+            text_dim=variant.text_dim,
+            two_experts=self.boundary is not None,
+            expand_timesteps=self.expand_timesteps,
+        )
 
 
 def prepare(
@@ -67,36 +88,23 @@ def prepare(
     device = device_named(device)
     options_of(patch_options)
     naming = {name: patch_options[name] for name in NAMING if name in patch_options}
-    opened = check_given(checkpoint or tiny_checkpoint(), checkpoint_low, text_encoder, vae, naming)
+    checkpoint = checkpoint or tiny_checkpoint()
+    opened = check_given(checkpoint, checkpoint_low, text_encoder, vae, naming)
     kind = kind_of(opened)
     found = base_of(opened, base, look_up=look_up)
     check_base(found, opened, text_encoder, vae)
     return Prepared(
+        checkpoint=checkpoint,
+        checkpoint_low=checkpoint_low,
+        text_encoder=text_encoder,
+        vae=vae,
+        options=patch_options,
         transformer=opened,
         base=found,
         kind=kind,
         boundary=found.boundary(kind, checkpoint_low is not None),
         device=device,
         dtype=dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16),
-    )
-
-
-def planned_profile(
-    checkpoint: Path | str | None = None, *, vae: Path | str | None = None, **parts: Any
-) -> ClipProfile:
-    """What `clip_profile` says of the pipeline that `load_pipeline` makes of the same arguments, before it is made.
-
-    Raises as `load_pipeline` does.
-    """
-    found = prepare(checkpoint, vae=vae, **parts)
-    variant = found.transformer.variant
-    return profile_for(
-        size_multiple=_scale(found.base, vae) * PATCH[1],
-        in_channels=variant.in_channels,
-        out_channels=variant.out_channels,
-        text_dim=variant.text_dim,
-        two_experts=found.boundary is not None,
-        expand_timesteps=found.expand_timesteps,
     )
 
 

@@ -16,7 +16,7 @@ from wan_runtime.checkpoint import open_checkpoint
 from wan_runtime.containers import read_header
 from wan_runtime.deciding import contradiction
 from wan_runtime.errors import AmbiguousDialect, CheckpointError, UnknownDialect, UnreadDialect
-from wan_runtime.inspecting import Inspection, describe, listed
+from wan_runtime.inspecting import Inspection, describe, end_table, listed
 from wan_runtime.names import naming_of, to_original
 
 if TYPE_CHECKING:
@@ -90,12 +90,7 @@ class Undecided:
         table.add_row("names", self.names + (f", prefix {self.prefix!r}" if self.prefix else ""))
         for kind, dtypes in self.kinds.items():
             table.add_row(kind, listed(dtypes))
-        table.add_row("size", f"{self.bytes / 2**20:,.1f} MiB in {self.tensors} tensors")
-        table.add_row("here", self.machine)
-        for name, how in self.runs.items():
-            table.add_row(f"  {name}", how)
-        for note in self.notes:
-            table.add_row("note", note)
+        end_table(table, self.bytes, self.tensors, self.machine, self.runs, self.notes)
         return table
 
     def __str__(self) -> str:
