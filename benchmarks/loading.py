@@ -38,7 +38,8 @@ import wan_runtime
 from wan_runtime.checkpoint import open_checkpoint, stream
 from wan_runtime.containers import read_header
 from wan_runtime.ring import GpuLane
-from wan_runtime.uploading import BUFFERS, SPAN, tensors_on, uploaded
+from wan_runtime.uploading import SENT, SPAN, tensors_on, uploaded
+from wan_runtime.uploading import THREADS as READERS
 
 PATIENCE = 10.0  # seconds of a cold read above which the peers are measured warm only
 
@@ -193,8 +194,8 @@ def measured(bench: Bench, sizes: dict[str, int], sweep: bool) -> dict[str, Any]
     bench.time("ours, load", lambda: ours(path, device), runs=3)
     bench.time("ours, patch on meta", lambda: patched(path, device, sizes), runs=3)
     bench.peers(cold=False)
-    for threads in (8, 16, 32) if sweep and device.type == "cuda" else ():
-        for mib in (4, 8, 16, 32):
+    for threads in (4, 8, 16) if sweep and device.type == "cuda" else ():
+        for mib in (8, 16, 32):
             run = partial(swept, path, device, threads, mib * 2**20)
             bench.time(f"ours, reading alone, {threads} threads, {mib} MiB", run, runs=2)
     copies = bus(device)
@@ -222,7 +223,7 @@ def memory(path: Path, device: torch.device, sizes: dict[str, int]) -> dict[str,
         "gpu_reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if gpu else None,
         "gpu_over_file_gib": None if peak is None else peak - path.stat().st_size / 2**30,
         "host_anonymous_gib": anonymous / 2**30,
-        "host_pinned_gib": BUFFERS * SPAN / 2**30 if gpu else 0.0,
+        "host_pinned_gib": (READERS + SENT) * SPAN / 2**30 if gpu else 0.0,
     }
 
 

@@ -18,6 +18,7 @@ from wan_runtime.attention import Attend
 from wan_runtime.kernels._codes import OF_COMPUTE, Codes
 from wan_runtime.linear import QuantLinear
 
+from ._hooks import hooked
 from ._stream import Begun, Following, Stream, add, end, multiply, settled
 
 
@@ -104,21 +105,6 @@ def common_codes(*modules: nn.Module) -> Codes:
     """How several linears take the input that they share: as all of them do, or plain."""
     first, *others = (takes_codes(module) for module in modules)
     return first if all(other == first for other in others) else Codes.PLAIN
-
-
-def hooked(module: nn.Module) -> str | None:
-    """What would be missed by reading a module's tensors instead of calling it, in words; None where nothing would."""
-    own = (
-        module.__dict__
-    )  # a module's getattr of what is not there costs an exception, and this is asked often
-    registry = own.get("_diffusers_hook")
-    if own.get("_hf_hook") is not None:
-        return "an accelerate hook"
-    if registry is not None and registry.hooks:
-        return "a diffusers hook"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "a forward hook"
-    return None
 
 
 def keys_and_values(

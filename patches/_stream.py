@@ -16,6 +16,9 @@ from torch import nn
 from wan_runtime.backends import Added
 from wan_runtime.kernels._codes import Codes
 from wan_runtime.linear import QuantLinear
+from wan_runtime.residents import kind_of, served
+
+from ._hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class Following:
 def multiply(module: nn.Module, rows: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A linear's product, and the bias that is still to be added to it (fp32), or None where it is in already."""
     if rows.scale is None:
+        if kind_of(module) == "linear" and not served(module) and hooked(module) is None:
+            product: Any = module.product
+            return product(rows.values), module._parameters["bias"]
         return module(rows.values), None
     assert isinstance(module, QuantLinear) and module.coded is not None
     return module.coded(rows.values, rows.scale, module.slots, rows.whole), module.bias

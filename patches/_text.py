@@ -11,7 +11,7 @@ from torch import nn
 
 from wan_runtime.residents import Move, OwnDtype, become, original_class, restore
 
-from . import _fused
+from ._hooks import hooked
 from ._shared import PROMPTS, same
 from ._unfusable import traced
 
@@ -77,7 +77,7 @@ class FusedText(OwnDtype):
 def _decides(embedder: nn.Module) -> bool:
     """Whether an embedder's weights alone decide: no adapter, no hook, no other forward, and every write is seen."""
     return all(
-        _fused.hooked(part) is None
+        hooked(part) is None
         and "forward" not in part.__dict__
         and (part is embedder or not part._modules)  # what an adapter wraps has parts of its own
         and (not part._parameters or original_class(part) is nn.Linear)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _fused
+from ._hooks import hooked
 
 
 def obstacle(block: nn.Module, device: torch.device, kernels: str, parts: Iterable[nn.Module]) -> str | None:
@@ -19,7 +19,7 @@ def obstacle(block: nn.Module, device: torch.device, kernels: str, parts: Iterab
     if torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters()):
         return "gradients are on"
     for part in parts:
-        hook = _fused.hooked(part)
+        hook = hooked(part)
         if hook is not None:
             return f"{type(part).__name__} carries {hook}"
         if "forward" in part.__dict__:
@@ -50,4 +50,4 @@ def notes(
 
 
 def _held(linear: nn.Module) -> bool:
-    return not isinstance(linear, nn.Linear) or _fused.hooked(linear) is not None
+    return not isinstance(linear, nn.Linear) or hooked(linear) is not None

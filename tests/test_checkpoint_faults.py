@@ -207,7 +207,7 @@ def test_a_nan_code_is_named(host: torch.nn.Module, tmp_path: Path, dialect: str
     codes = wanted.tensors[key].view(U8).clone()
     codes[3, 4] = 0xFF
     wanted.tensors[key] = codes.view(wanted.tensors[key].dtype)
-    error = refused(host, wanted.write(tmp_path), BadTensor, "1 of 16384 codes are NaN")
+    error = refused(host, wanted.write(tmp_path), BadTensor, "codes in 1 of its 128 rows are NaN")
     assert isinstance(error, BadTensor) and error.key == key
 
 

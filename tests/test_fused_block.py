@@ -24,6 +24,7 @@ from wan_runtime.linear import QuantLinear
 from wan_runtime.patches import _wan_block
 from wan_runtime.patches._attention_processor import Processor
 from wan_runtime.patches._fused import takes_codes
+from wan_runtime.residents import kind_of
 
 IMAGE = Sizes(image=64)
 CHECKS = ("test_schema", "test_faketensor")
@@ -75,6 +76,31 @@ def test_text_to_video(options: dict[str, Any], batch: int, spy: Spy) -> None:
     assert spy.count == 0
     assert error(run(fused(model), batch=batch), expected) < EXACT
     assert spy.count == TINY.layers
+
+
+def test_no_pass_adds_the_bias_of_an_unquantised_linear_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patched(weights="keep")
+    expected = run(model)
+    twin = fused(model)
+    block = twin.blocks[1]
+    linears = {m for b in twin.blocks for m in b.modules() if kind_of(m) == "linear"}
+    assert len(linears) == 10 * TINY.layers
+    called = [block.attn2.to_out[0], block.ffn.net[2]]
+    seen: list[nn.Module] = []
+    for cls in {type(module) for module in linears}:
+        whole: Any = cls.forward
+
+        def called_whole(module: nn.Module, *args: Any, whole: Any = whole) -> Any:
+            seen.append(module)
+            return whole(module, *args)
+
+        monkeypatch.setattr(cls, "forward", called_whole)
+    assert error(run(twin), expected) < EXACT
+    assert not seen
+    for module in called:  # whoever hangs a hook on a layer expects it to be called, with its bias in
+        module.register_forward_hook(lambda *_: None)
+    assert error(run(twin), expected) < EXACT
+    assert seen == called
 
 
 @pytest.mark.parametrize("distinct", [1, 2, 12])

@@ -93,10 +93,30 @@ def test_one_block_of_ggml_s_that_is_off_is_found(kind: str) -> None:
     ],
 )
 def test_an_unquantised_tensor_has_a_largest_value_too(key: str, rank: int, bound: float) -> None:
-    check_plain(Path("wan.safetensors"), key, rank, torch.tensor(bound), "plain")
-    with pytest.raises(BadTensor, match=r"no WAN model's go beyond.*--dialect plain") as caught:
-        check_plain(Path("wan.safetensors"), key, rank, torch.tensor(1.01 * bound), "plain")
-    assert caught.value.key == key
+    path = Path("wan.safetensors")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        most = min(bound, torch.finfo(dtype).max)
+        tensor = torch.zeros([3] * rank, dtype=dtype)
+        for value in (most, -most):
+            tensor.view(-1)[1] = value
+            check_plain(path, key, tensor, "plain")
+        for value in (1.01 * bound, -1.01 * bound):
+            tensor.view(-1)[1] = value
+            with pytest.raises(BadTensor, match=r"go beyond.*--dialect plain|infinite") as caught:
+                check_plain(path, key, tensor, "plain")
+            assert caught.value.key == key
+            if tensor.isfinite().all():
+                check_plain(path, key, tensor, None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dialect", ["plain", None])
+def test_no_unquantised_value_is_nan_or_infinite(value: float, dialect: str | None) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        tensor = torch.ones(4, 4, dtype=dtype)
+        tensor[2, 1] = value
+        with pytest.raises(BadTensor, match="NaN or infinite"):
+            check_plain(Path("wan.safetensors"), "head.head.weight", tensor, dialect)
 
 
 def test_the_trained_tiny_model_passes_in_every_format() -> None:

@@ -8,6 +8,8 @@ A layer of zeros is a layer that training has not touched, and passes.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from wan_runtime.errors import BadTensor
 from wan_runtime.formats import FORMATS, BadSlot, Slots
 from wan_runtime.header import Entry
 
-ROWS = 32  # of a layer, spread evenly; the whole of a 14B model would take a minute
+ROWS = 32  # of a layer at least, spread evenly; the whole of a 14B model would take a minute
 SMALLEST = 1e-7  # root mean square
 LARGEST_RMS = {"blocks": 0.5, "elsewhere": 30.0}
 LARGEST_VALUE = {"blocks": 40.0, "elsewhere": 1000.0}
@@ -39,7 +41,7 @@ def check_size(
     parts = [held.dequantize(part).float() for part in _parts(slots, shape[0], within)]
     if not parts[0].numel():
         return
-    largest = torch.stack([values.abs().amax() for values in parts]).amax()
+    largest = functools.reduce(torch.maximum, [values.abs().amax() for values in parts])
     rms = parts[0].square().mean().sqrt()
     where = _where(module)
     scale = next((name for name in ("scale", "block_scale") if name in slots), "payload")
@@ -62,20 +64,31 @@ def check_size(
 
 
 def check_plain(
-    path: Path, key: str, rank: int, largest: torch.Tensor, dialect: str, refuse: Refuse = at_once
+    path: Path, key: str, tensor: torch.Tensor, dialect: str | None, refuse: Refuse = at_once
 ) -> None:
-    """Refuse with BadTensor an unquantised tensor whose largest magnitude is beyond any WAN model's."""
-    matrix = rank == 2 and key.endswith(".weight")
+    """Refuse with BadTensor an unquantised tensor of floats that holds NaN or infinite values, or values beyond any WAN
+    model's.
+
+    dialect: by whose name a caller can insist on such values, and None where the caller did.
+    """
+    matrix = tensor.ndim == 2 and key.endswith(".weight")
     bound = LARGEST_VALUE[_where(key)] if matrix else LARGEST_OF_ANY
-    refuse(
-        largest > bound,
-        lambda: BadTensor(
+    most = torch.finfo(tensor.dtype).max
+    allowed = most if dialect is None else min(bound, most)
+    low, high = torch.aminmax(tensor)  # NaN where a value is; takes no memory, as a copy of magnitudes would
+
+    def error() -> BadTensor:
+        largest = max(abs(float(low)), abs(float(high)))
+        if not math.isfinite(largest):
+            return BadTensor(path, key, "it holds NaN or infinite values; the file is damaged.")
+        return BadTensor(
             path,
             key,
-            f"its values reach {float(largest):.3g}, and no WAN model's go beyond {bound:g}: the file is damaged, or "
+            f"its values reach {largest:.3g}, and no WAN model's go beyond {bound:g}: the file is damaged, or "
             f"its scales were lost. Download or make it again; --dialect {dialect} takes it as it is.",
-        ),
-    )
+        )
+
+    refuse(~((low >= -allowed) & (high <= allowed)), error)
 
 
 def _where(name: str) -> str:
@@ -102,8 +115,7 @@ def _parts(slots: Slots, out: int, within: torch.Tensor | None) -> Iterator[dict
     count = 1 if scales is None else scales.shape[0]
     height = 1 if count in (1, out) else 1 << (-(-out // count) - 1).bit_length()  # blocks that span rows
     if height == 1:
-        spread = torch.linspace(0, out - 1, min(ROWS, out), device=slots["payload"].device)
-        yield _rows(slots, spread.long(), out)
+        yield _rows(slots, slice(None, None, max(1, out // ROWS)), out)
     else:
         yield _block(slots, slots["payload"].new_zeros((), dtype=torch.long), height, out)
     if within is not None:
@@ -114,7 +126,7 @@ def _parts(slots: Slots, out: int, within: torch.Tensor | None) -> Iterator[dict
             yield _block(slots, number, height, out)
 
 
-def _rows(slots: Slots, index: torch.Tensor, out: int) -> dict[str, torch.Tensor]:
+def _rows(slots: Slots, index: torch.Tensor | slice, out: int) -> dict[str, torch.Tensor]:
     return {name: t[index] if t.shape[0] == out > 1 else t for name, t in slots.items()}
 
 

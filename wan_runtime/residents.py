@@ -89,8 +89,12 @@ class _Fp32Bias(OwnDtype):
 
         return super(OwnDtype, self)._apply(move, recurse)  # type: ignore[no-untyped-call]
 
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        """Without the bias, which whoever passes over the product anyway may add: a pass for it alone takes long."""
+        return nn.functional.linear(input, self.weight.to(input.dtype))
+
     def forward(self, input: torch.Tensor) -> Any:
-        product = nn.functional.linear(input, self.weight.to(input.dtype))
+        product = self.product(input)
         if self.bias is not None:
             product = product.add_(self.bias)
         return (product, None) if served(self) else product

@@ -1,4 +1,4 @@
-"""Files read by several threads into a few host buffers, and sent on from there: memory is bounded by the buffers.
+"""A few host buffers, filled and sent on from in turn: memory is bounded by them.
 
 A lane is the way to a device. `GpuLane` copies out of pinned memory on a stream of its own, so that reading, copying
 and what the caller computes go on side by side.
@@ -6,8 +6,7 @@ and what the caller computes go on side by side.
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeAlias
 
@@ -18,11 +17,11 @@ Fence = Callable[[], None]  # returns when what was sent before it has arrived
 
 
 class Lane(Protocol):
-    """Host memory, device memory, and copies from one to the other.
+    """Host memory, device memory, and copies from one to the other. One thread calls all of it.
 
     buffer  host memory to send from: uint8 [nbytes].
-    room    device memory to send to: uint8 [nbytes]; called by the caller's thread alone.
-    send    begins copies and returns the fence behind them; called by any thread.
+    room    device memory to send to: uint8 [nbytes].
+    send    begins copies and returns the fence behind them.
     arrive  makes the caller's later work on the device wait for what a fence stands behind.
     drain   returns when everything that was sent has arrived.
     """
@@ -77,37 +76,21 @@ class _Arrival:
 
 
 class Ring:
-    """At most `count` buffers of `nbytes` of a lane, made when first needed. Any number of threads may use it."""
+    """At most `count` buffers of `nbytes` of a lane, made when first needed."""
 
     def __init__(self, lane: Lane, count: int, nbytes: int) -> None:
-        self._lane, self._nbytes = lane, nbytes
-        self._left = threading.Semaphore(count)
-        self._sent: queue.SimpleQueue[tuple[torch.Tensor, Fence]] = queue.SimpleQueue()
+        self._lane, self._count, self._nbytes = lane, count, nbytes
+        self._sent: deque[tuple[torch.Tensor, Fence]] = deque()
 
-    def through(
-        self, fill: Callable[[torch.Tensor], None], copies: Callable[[torch.Tensor], Iterable[Copy]]
-    ) -> Fence:
-        """Fill a buffer and send what lies in it, `copies(buffer)`; waits until a buffer is free.
-
-        What `fill` raises comes out, and the buffer is free again.
-        """
-        buffer = self._take()
-        fence: Fence = _nothing
-        try:
-            fill(buffer)
-            fence = self._lane.send(copies(buffer))
-        finally:
-            self._sent.put((buffer, fence))
-        return fence
-
-    def _take(self) -> torch.Tensor:
-        """A buffer that was never used, else the one that was sent from the longest time ago."""
-        if self._left.acquire(blocking=False):
+    def take(self) -> torch.Tensor:
+        """A buffer that was never used, else the one that was given back the longest time ago, once it is free."""
+        if self._count:
+            self._count -= 1
             return self._lane.buffer(self._nbytes)
-        buffer, fence = self._sent.get()
+        buffer, fence = self._sent.popleft()
         fence()
         return buffer
 
-
-def _nothing() -> None:
-    """The fence behind no copy."""
+    def give(self, buffer: torch.Tensor, fence: Fence) -> None:
+        """Give a buffer back; it is free behind the fence."""
+        self._sent.append((buffer, fence))

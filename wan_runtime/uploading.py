@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,12 +13,12 @@ import torch
 from wan_runtime.ahead import ahead
 from wan_runtime.errors import BadTensor, CheckpointError
 from wan_runtime.header import Header, check_size, typed
-from wan_runtime.ring import Copy, Fence, GpuLane, Lane, Ring
+from wan_runtime.ring import Copy, GpuLane, Lane, Ring
 from wan_runtime.spans import Span, spans
 
-THREADS = 16  # that read; more than the cores, as a disk answers better to many
-SPAN = 8 * 2**20
-BUFFERS = 24  # of SPAN bytes: one a thread, and some that are still being copied from
+THREADS = 8  # that read
+SPAN = 16 * 2**20
+SENT = 4  # buffers of SPAN bytes that are not read into: one that is taken for the next, and some that are copied from
 
 
 def tensors_on(
@@ -40,51 +39,48 @@ def tensors_on(
 
 @dataclass(frozen=True)
 class _Job:
-    """A span, the file it is read from, and the device memory of the tensor that each of its parts belongs to."""
+    """A span, the file it is read from, and the buffer that it is read into."""
 
     span: Span
     descriptor: int
-    rooms: tuple[torch.Tensor, ...]
+    buffer: torch.Tensor
 
 
 def uploaded(
     header: Header, keys: Iterable[str], lane: Lane, *, threads: int = THREADS, span: int = SPAN
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """As `tensors_on`, by way of a lane."""
-    ring = Ring(lane, max(2, threads * BUFFERS // THREADS), span)
+    """As `tensors_on`, by way of a lane.
+
+    Threads do nothing but read: each step of Python's that they took would stop the caller's, who queues the copies and
+    computes on what has arrived.
+    """
+    ring = Ring(lane, threads + SENT, span)
     rooms: dict[str, torch.Tensor] = {}  # of tensors that are on the way
     with contextlib.ExitStack() as stack:
         stack.callback(lane.drain)  # a consumer that stops early must not free what is still being written
         files = stack.enter_context(_Files(header.files))
-
-        def job(found: Span) -> _Job:
-            for part in found.parts:
+        jobs = (
+            _Job(found, files.opened(found.file), ring.take()) for found in spans(header.entries, keys, span)
+        )
+        read = ahead(jobs, _filled, lambda job: 1, threads=threads, budget=threads)
+        for job in stack.enter_context(contextlib.closing(read)):
+            files.close_before(job.span.file)
+            for part in job.span.parts:
                 if part.key not in rooms:
-                    with torch.inference_mode(
-                        False
-                    ):  # other threads write to it, and are not in the caller's mode
-                        rooms[part.key] = lane.room(header.entries[part.key].nbytes)
-            return _Job(found, files.opened(found.file), tuple(rooms[part.key] for part in found.parts))
-
-        def work(job: _Job) -> tuple[Span, Fence]:
-            return job.span, ring.through(partial(_fill, job), partial(_copies, job))
-
-        jobs = map(job, spans(header.entries, keys, span))
-        read = ahead(jobs, work, lambda job: job.span.size, threads=threads, budget=threads * span)
-        stack.enter_context(contextlib.closing(read))
-        for found, fence in read:
-            files.close_before(found.file)
+                    rooms[part.key] = lane.room(header.entries[part.key].nbytes)
+            fence = lane.send(_copies(job, rooms))
+            ring.give(job.buffer, fence)
             lane.arrive(fence)
-            for part in found.parts:
+            for part in job.span.parts:
                 entry = header.entries[part.key]
                 if part.offset + part.size == entry.nbytes:
                     yield part.key, typed(rooms.pop(part.key), entry)
 
 
-def _fill(job: _Job, buffer: torch.Tensor) -> None:
-    """Read a span's bytes into the start of a buffer."""
+def _filled(job: _Job) -> _Job:
+    """Read a span's bytes into the start of its buffer."""
     span = job.span
-    bytes_ = buffer.numpy().data
+    bytes_ = job.buffer.numpy().data
     read = 0
     while read < span.size:
         try:
@@ -95,12 +91,16 @@ def _fill(job: _Job, buffer: torch.Tensor) -> None:
             key = next(part.key for part in span.parts if part.at + part.size > read)
             raise BadTensor(span.file, key, "the file became shorter while it was read.")
         read += count
+    return job
 
 
-def _copies(job: _Job, buffer: torch.Tensor) -> Iterator[Copy]:
-    for part, room in zip(job.span.parts, job.rooms, strict=True):
+def _copies(job: _Job, rooms: Mapping[str, torch.Tensor]) -> Iterator[Copy]:
+    for part in job.span.parts:
         if part.size:
-            yield room[part.offset : part.offset + part.size], buffer[part.at : part.at + part.size]
+            yield (
+                rooms[part.key][part.offset : part.offset + part.size],
+                job.buffer[part.at : part.at + part.size],
+            )
 
 
 class _Files:

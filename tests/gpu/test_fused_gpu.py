@@ -11,6 +11,7 @@ import wan_runtime
 from tests.builders.wan import Sizes
 from tests.hosts.diffusers import error, inputs, transformer
 from wan_runtime.attention import ATTENTIONS, choose, refused
+from wan_runtime.backends import _cublaslt
 from wan_runtime.patches import _attending, _wan_block
 
 pytestmark = pytest.mark.gpu
@@ -102,7 +103,9 @@ def test_fp8_attention_runs_in_the_inner_blocks(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
-def test_group_offload_gives_the_same(level: str) -> None:
+def test_group_offload_gives_the_same(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Added by a pass the stream is rounded alike whether a block before has begun the next one's work or not.
+    monkeypatch.setitem(_cublaslt._REFUSED, 0, "it is not asked in this test")
     made = model(weights="fp8")
     expected = run(made)
     made.to("cpu")

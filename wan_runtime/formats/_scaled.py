@@ -25,18 +25,21 @@ BLOCKS = tuple((rows, cols) for cols in (128, 64, 32, 16, 256) for rows in (cols
 class Codes:
     """One encoding of a byte.
 
-    top      its largest finite code.
-    invalid  the first magnitude (the byte without its sign) that is NaN or infinite, or None where all are finite.
+    top        its largest finite code.
+    magnitude  the bits of a byte that grow with the magnitude, and are 0 where it is (fp8 has a negative zero). Of
+               int8's two's complement that is no more than whether a byte is 0.
+    invalid    the first magnitude, in those bits, that is NaN or infinite, or None where all are finite.
     """
 
     dtype: torch.dtype
     top: float
+    magnitude: int
     invalid: int | None
 
 
-E4M3 = Codes(torch.float8_e4m3fn, 448.0, 0x7F)
-E5M2 = Codes(torch.float8_e5m2, 57344.0, 0x7C)
-INT8 = Codes(torch.int8, 127.0, None)
+E4M3 = Codes(torch.float8_e4m3fn, 448.0, 0x7F, 0x7F)
+E5M2 = Codes(torch.float8_e5m2, 57344.0, 0x7F, 0x7C)
+INT8 = Codes(torch.int8, 127.0, 0xFF, None)
 
 
 def make(name: str, codes: Codes, *, blocks: bool = False) -> Format:
@@ -110,21 +113,28 @@ def _dequantize(slots: Slots, codes: Codes) -> torch.Tensor:
 
 def _check(codes: Codes, slots: Slots, refuse: Refuse = at_once) -> None:
     payload, zero = slots["payload"], slots["scale"] == 0
-    check_codes(payload, codes, refuse)
+    largest = check_codes(payload, codes, refuse)
     check_scale(slots, "scale", refuse)
     if absent(zero.any()):
         return
-    used = payload != 0 if codes.dtype is torch.int8 else (payload & 0x7F) != 0  # fp8 has a negative zero
-    check_zero_scale("scale", spread(zero, *payload.shape), used, refuse)
+    used = largest != 0 if zero.shape[1] == 1 else payload & codes.magnitude != 0
+    check_zero_scale("scale", spread(zero, *used.shape), used, refuse)
 
 
-def check_codes(payload: torch.Tensor, codes: Codes, refuse: Refuse = at_once) -> None:
-    """Refuse codes that are no numbers."""
-    if codes.invalid is None:
-        return
-    count = payload.numel()
-    bad = torch.stack([((strip & 0x7F) >= codes.invalid).sum() for strip in strips(payload)]).sum()
-    refuse(
-        bad > 0,
-        lambda: BadSlot("payload", f"{int(bad)} of {count} codes are NaN or infinite; the file is damaged."),
-    )
+def check_codes(payload: torch.Tensor, codes: Codes, refuse: Refuse = at_once) -> torch.Tensor:
+    """Refuse codes that are no numbers; returns each row's largest magnitude, as a byte [out, 1]."""
+    largest = payload.new_zeros(payload.shape[0])
+    if payload.numel():
+        runs = strips(payload)
+        for run, place in zip(runs, largest.split([len(run) for run in runs]), strict=True):
+            torch.amax(run & codes.magnitude, 1, out=place)  # a run's own result would split the CPU's heap
+    if codes.invalid is not None:
+        bad = largest >= codes.invalid
+        refuse(
+            bad.any(),
+            lambda: BadSlot(
+                "payload",
+                f"codes in {int(bad.sum())} of its {len(bad)} rows are NaN or infinite; the file is damaged.",
+            ),
+        )
+    return largest[:, None]
