@@ -1,4 +1,4 @@
-"""Who calls in when a module is called."""
+"""Who has a say when a module is called."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from torch import nn
 
 def hooked(module: nn.Module) -> str | None:
     """What would be missed by reading a module's tensors instead of calling it, in words; None where nothing would."""
-    own = (
-        module.__dict__
-    )  # a module's getattr of what is not there costs an exception, and this is asked often
+    # A module's getattr of what is not there costs an exception, and this is asked often.
+    own = module.__dict__
     registry = own.get("_diffusers_hook")
     if own.get("_hf_hook") is not None:
         return "an accelerate hook"
@@ -17,4 +16,6 @@ def hooked(module: nn.Module) -> str | None:
         return "a diffusers hook"
     if module._forward_hooks or module._forward_pre_hooks:
         return "a forward hook"
+    if "forward" in own:
+        return "a forward that was put in the place of its own"
     return None

@@ -78,7 +78,6 @@ def _decides(embedder: nn.Module) -> bool:
     """Whether an embedder's weights alone decide: no adapter, no hook, no other forward, and every write is seen."""
     return all(
         hooked(part) is None
-        and "forward" not in part.__dict__
         and (part is embedder or not part._modules)  # what an adapter wraps has parts of its own
         and (not part._parameters or original_class(part) is nn.Linear)
         for part in embedder.modules()

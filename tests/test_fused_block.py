@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import pickle
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -97,8 +98,9 @@ def test_no_pass_adds_the_bias_of_an_unquantised_linear_alone(monkeypatch: pytes
         monkeypatch.setattr(cls, "forward", called_whole)
     assert error(run(twin), expected) < EXACT
     assert not seen
-    for module in called:  # whoever hangs a hook on a layer expects it to be called, with its bias in
-        module.register_forward_hook(lambda *_: None)
+    # Whoever hangs a hook on a layer, or gives it a forward, expects it to be called, with its bias in.
+    called[0].register_forward_hook(lambda *_: None)
+    called[1].forward = called[1].forward
     assert error(run(twin), expected) < EXACT
     assert seen == called
 
@@ -177,6 +179,15 @@ def test_one_layer_that_takes_plain_rows_among_codes(left_out: str) -> None:
     mixed.get_submodule(left_out)._bind()
     assert not takes_codes(mixed.get_submodule(left_out))
     assert error(run(mixed), run(model)) < 0.06
+
+
+def test_a_quantised_layer_s_forward_that_was_replaced_is_called() -> None:
+    twin = coded(fused(patched()))
+    layer = twin.get_submodule("blocks.0.ffn.net.2")
+    layer.forward = Mock(wraps=layer.forward)
+    assert not takes_codes(layer)
+    assert error(run(twin), run(patched())) < 0.06
+    layer.forward.assert_called_once()
 
 
 def test_operators_say_the_shapes_they_give() -> None:

@@ -265,7 +265,8 @@ def _replaced(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("obstacle", "why"), [(_hook, "carries a forward hook"), (_replaced, "WanSelfAttention was replaced")]
+    ("obstacle", "why"),
+    [(_hook, "carries a forward hook"), (_replaced, "WanSelfAttention carries a forward that was put")],
 )
 def test_what_something_else_holds_takes_the_hosts_forward(obstacle: Any, why: str, spy: Spy) -> None:
     model = patched()
