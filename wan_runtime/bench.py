@@ -7,9 +7,7 @@ but they are most of one, and what changes when a format, a backend or a driver 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ from wan_runtime.backends import BACKENDS, device_named
 from wan_runtime.errors import InvalidOption
 from wan_runtime.formats import FORMATS
 from wan_runtime.linear import QuantLinear
-from wan_runtime.report import as_text
+from wan_runtime.result import Result
 
 WARMUP = 2
 BASELINE = "bf16"
@@ -71,7 +69,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Benchmark(Result):
     """All timings, where they were taken, and what could not take part."""
 
     device: str
@@ -80,12 +78,6 @@ class Benchmark:
     rounds: int
     timings: tuple[Timing, ...]
     refusals: dict[str, str]
-
-    def to_dict(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
 
     def table(self) -> Table:
         table = Table(
@@ -100,9 +92,6 @@ class Benchmark:
             shape = self.sizes.linears.get(t.linear, (self.sizes.heads, HEAD))
             table.add_row(f"{t.linear} {list(shape)}", t.contender, *cells)
         return table
-
-    def __str__(self) -> str:
-        return as_text(self.table())
 
 
 def default_sizes(device: str | None = None) -> Sizes:

@@ -7,7 +7,6 @@ are listed, as the question between them is often the very reason to compare.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from wan_runtime.checkpoint import Checkpoint, open_checkpoint, read_layer, read
 from wan_runtime.corrections import effective_weight
 from wan_runtime.diagnosis import Finding, findings, remedies
 from wan_runtime.errors import BadTensor, InvalidOption
-from wan_runtime.report import as_text
+from wan_runtime.result import Result
 
 LAYER = "blocks.0.cross_attn.k"
 NEAR = 0.25  # median distance: formats differ by 0.03 (FP8) to 0.1 (NVFP4), a wrong reading by 0.4 or more
@@ -34,7 +33,7 @@ SHOWN = 12  # layers listed in the table of errors, the worst first
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """Two files in facts, differences and advice.
 
     layer     the representative layer, in the original spelling.
@@ -73,9 +72,6 @@ class Comparison:
             "refusals": dict(self.refusals),
         }
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
-
     def table(self) -> Group:
         """The tables that the command prints: the layer, the aspects, the errors, the causes and what to do."""
         parts: list[RenderableType] = [_layer_table(self), _aspect_table(self.rows)]
@@ -86,9 +82,6 @@ class Comparison:
         parts.append(_numbered("What a host made for A would get wrong with B", found or ("Nothing.",)))
         parts.append(_numbered("What to do", self.remedies))
         return Group(*parts)
-
-    def __str__(self) -> str:
-        return as_text(self.table())
 
 
 def compare(a: Path | str, b: Path | str, *, layer: str | None = None, errors: bool = False) -> Comparison:

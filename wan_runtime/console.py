@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from wan_runtime.errors import InvalidOption, UnknownName, WanRuntimeError
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from wan_runtime.result import Result
 
 FAILED, MISUSED, TERMINATED = 1, 2, 128 + signal.SIGTERM
 
@@ -43,20 +40,12 @@ class Commands(TyperGroup):
             fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), FAILED)
 
 
-class Result(Protocol):
-    """What every command prints: a value with a form for people and one for programs."""
-
-    def table(self) -> RenderableType: ...
-
-    def to_dict(self) -> dict[str, object]: ...
-
-
 def show(result: Result, as_json: bool) -> None:
     """Print a result on stdout."""
     from rich.console import Console
 
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=2))
+        typer.echo(result.to_json())
     else:
         width = None if sys.stdout.isatty() else 120
         Console(width=width, markup=False, emoji=False).print(result.table(), crop=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from wan_runtime.report import as_text, gib
+from wan_runtime.report import gib
+from wan_runtime.result import Result
 
 SHOWN = 8  # layers listed without --sensitivity
 OUTLYING = 3.0  # median absolute deviations above the median at which a layer's error stands out
@@ -21,7 +21,7 @@ MOST = 0.1  # of the layers may be suggested: beyond, the format or the scales a
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Result):
     """How much each layer lost by being quantised.
 
     errors  (original module path, relative L2 error), the worst first.
@@ -78,12 +78,9 @@ class Sensitivity:
             table.add_row(path, f"{error:.4f}", f"{error / self.median:.2f}" if self.median else "-")
         return table
 
-    def __str__(self) -> str:
-        return as_text(self.table())
-
 
 @dataclass(frozen=True)
-class ConversionReport:
+class ConversionReport(Result):
     """The outcome of `convert`.
 
     counts  (action, reason, how many), in the words of wan_runtime.transcoding.Step.
@@ -119,9 +116,6 @@ class ConversionReport:
     def to_dict(self) -> dict[str, object]:
         return {**dataclasses.asdict(self), "sensitivity": self.sensitivity.to_dict()}
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
-
     def table(self) -> RenderableType:
         """What became of the tensors, and the layers that lost most."""
         caption = [
@@ -139,6 +133,3 @@ class ConversionReport:
         for action, reason, count in self.counts:
             table.add_row(str(count), action, reason)
         return Group(table, self.sensitivity.rows(SHOWN)) if self.errors else table
-
-    def __str__(self) -> str:
-        return as_text(self.table())

@@ -6,8 +6,6 @@ and the result is held against the same product in fp64 on the CPU. Each attenti
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from wan_runtime.curing import Torch, advice, fix_for
 from wan_runtime.errors import BackendUnavailable
 from wan_runtime.formats import FORMATS
 from wan_runtime.plan import Options, choose
-from wan_runtime.report import as_text
+from wan_runtime.result import Result
 from wan_runtime.version import VERSION
 
 LIBRARIES = (
@@ -63,7 +61,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Examination:
+class Examination(Result):
     """The machine as found.
 
     chosen  device -> weight format -> what "auto" multiplies it with.
@@ -75,12 +73,6 @@ class Examination:
     chosen: dict[str, dict[str, str]]
     attentions: tuple[Part, ...]
     probes: tuple[Probe, ...]
-
-    def to_dict(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
 
     def table(self) -> Group:
         facts = Table(title="This machine", title_justify="left", show_header=False)
@@ -95,9 +87,6 @@ class Examination:
         for name in next(iter(self.chosen.values()), {}):
             chosen.add_row(name, *(by_format[name] for by_format in self.chosen.values()))
         return Group(facts, chosen, _parts_table(self.attentions), _probes_table(self.probes))
-
-    def __str__(self) -> str:
-        return as_text(self.table())
 
 
 def _parts_table(parts: tuple[Part, ...]) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 from wan_runtime import gpus, prospects, rules
 from wan_runtime.checkpoint import Checkpoint, open_checkpoint
 from wan_runtime.names import noise_in
+from wan_runtime.result import Result
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +22,7 @@ BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Result):
     """A checkpoint in figures.
 
     formats  how many layers are quantised, by format.
@@ -49,12 +49,6 @@ class Inspection:
     runs: Mapping[str, str]
     odd: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
-
     def table(self) -> Table:
         from rich.table import Table
 
@@ -69,11 +63,6 @@ class Inspection:
         table.add_row("input scales", f"{self.input_scales} of {sum(self.formats.values())} layers")
         end_table(table, self.bytes, self.tensors, self.machine, self.runs, self.odd)
         return table
-
-    def __str__(self) -> str:
-        from wan_runtime.report import as_text
-
-        return as_text(self.table())
 
 
 def inspect_checkpoint(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections import Counter
 from dataclasses import dataclass
 
-from rich.console import Console, RenderableType
 from rich.table import Table
 
 from wan_runtime.plan import Decision
+from wan_runtime.result import Result
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Result):
     """The outcome of `patch`.
 
     device        where the plan was made for; on another device type a layer dequantises and multiplies there.
@@ -45,12 +43,6 @@ class Report:
     def quantised(self) -> tuple[Decision, ...]:
         return tuple(d for d in self.decisions if d.action == "quantised")
 
-    def to_dict(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
-
     def table(self) -> Table:
         """Rows of like layers: how many, what they hold, who multiplies."""
         title = f"{self.host} on {self.device}" + (f", {self.variant}" if self.variant else "")
@@ -67,17 +59,6 @@ class Report:
         for row, count in _rows(self.decisions).items():
             table.add_row(str(count), *row)
         return table
-
-    def __str__(self) -> str:
-        return as_text(self.table())
-
-
-def as_text(table: RenderableType) -> str:
-    """A table, or several, as plain text, 120 columns wide."""
-    console = Console(width=120, force_terminal=False, color_system=None, markup=False, emoji=False)
-    with console.capture() as capture:
-        console.print(table, crop=False)
-    return capture.get()
 
 
 def _rows(decisions: tuple[Decision, ...]) -> Counter[tuple[str, str, str, str]]:

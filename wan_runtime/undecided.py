@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from wan_runtime.deciding import contradiction
 from wan_runtime.errors import AmbiguousDialect, CheckpointError, UnknownDialect, UnreadDialect
 from wan_runtime.inspecting import Inspection, describe, end_table, listed
 from wan_runtime.names import naming_of, to_original
+from wan_runtime.result import Result
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,7 +41,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Undecided:
+class Undecided(Result):
     """A checkpoint whose dialect is not known, in figures.
 
     variant  the model, where every dialect that fits makes it the same one.
@@ -67,12 +67,6 @@ class Undecided:
     notes: tuple[str, ...]
     error: str
 
-    def to_dict(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
-
     def table(self) -> Table:
         """Everything but the error, which is a sentence of its own."""
         from rich.table import Table
@@ -94,9 +88,7 @@ class Undecided:
         return table
 
     def __str__(self) -> str:
-        from wan_runtime.report import as_text
-
-        return f"{as_text(self.table())}{self.error}\n"
+        return f"{super().__str__()}{self.error}\n"
 
 
 def describe_undecided(refused: AmbiguousDialect | UnknownDialect) -> Undecided:
