@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from wan_runtime.bases import Base, release_of
+from wan_runtime.bases import Base, held, release_of
 from wan_runtime.checkpoint import Checkpoint
 from wan_runtime.containers import locate, read_header
 from wan_runtime.containers.safetensors import read_file
@@ -72,7 +72,7 @@ def check_base(
         f" In place of {name}, {PARTS[name].instead} serves too." for name in lacks if PARTS[name].instead
     )
     raise InvalidOption(
-        f"--base {folder} lacks {len(lacks)} of the parts that are taken from it: {listed}. It holds {_held(folder)}. "
+        f"--base {folder} lacks {len(lacks)} of the parts that are taken from it: {listed}. It holds {held(folder)}. "
         f"{whole}, downloaded again where this was one.{instead}"
     )
 
@@ -84,7 +84,7 @@ def problem(folder: Path, part: Part) -> str | None:
     for group in filter(None, (part.config, part.weights)):
         there = next((folder / name for name in group if (folder / name).is_file()), None)
         if there is None:
-            return f"it has no {' or '.join(group)}; it holds {_held(folder)}"
+            return f"it has no {' or '.join(group)}; it holds {held(folder)}"
         why = _damage(there, holds_weights=group is part.weights)
         if why is not None:
             return why
@@ -136,7 +136,3 @@ def _brings_tokenizer(text_encoder: Path) -> bool:
     if text_encoder.is_dir():
         return False
     return any(key.rpartition(".")[2] == TOKENIZER for key in read_header(text_encoder).entries)
-
-
-def _held(folder: Path) -> str:
-    return shown(sorted(path.name for path in folder.iterdir())) or "nothing"

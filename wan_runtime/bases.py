@@ -138,12 +138,16 @@ def _index_in(base: Path) -> dict[str, Any]:
     """A folder's model_index.json; without diffusers, which takes longer to import than all that is refused here."""
     file = base / "model_index.json"
     if not file.is_file():
-        held = shown(sorted(path.name for path in base.iterdir())) or "nothing"
-        raise _not_a_base(str(base), f"there is no model_index.json in it; it holds {held}.")
+        raise _not_a_base(str(base), f"there is no model_index.json in it; it holds {held(base)}.")
     try:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise _not_a_base(str(base), f"its model_index.json cannot be read: {error}.") from error
+
+
+def held(folder: Path) -> str:
+    """What lies in a folder, for a message."""
+    return shown(sorted(path.name for path in folder.iterdir())) or "nothing"
 
 
 def _looked_up(hub_id: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from wan_runtime.header import Header, check_size, typed
 from wan_runtime.ring import Copy, GpuLane, Lane, Ring
 from wan_runtime.spans import Span, spans
 
-THREADS = 8  # that read: 16 that also copied took half as long again from the page cache, and a disk as long
+THREADS = 8  # that read; more gain nothing from a disk, and lose from the page cache
 SPAN = 16 * 2**20
 SENT = 4  # buffers of SPAN bytes that are not read into: one that is taken for the next, and some that are copied from
 
