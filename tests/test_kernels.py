@@ -89,6 +89,27 @@ def test_norm_modulate(tokens: int, width: int, entries: int, codes: bool) -> No
         assert_twins(norm_modulate(x, modulation, codes, Launch(rows)), twin)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "mean", "share"),
+    [(torch.bfloat16, 50, 1 / 8), (torch.float16, 100, 1 / 8), (torch.float32, 3000, 4)],
+)
+def test_a_norm_of_values_far_from_zero(dtype: torch.dtype, mean: float, share: float) -> None:
+    """What a kernel loses by it is a share of what the dtype's own rounding lost."""
+    tokens, width = SHAPES[-1]
+    x = (mean + torch.randn(tokens, width, generator=torch.Generator().manual_seed(1))).to(DEVICE, dtype)
+    nothing = torch.zeros(1, width, device=DEVICE)
+    modulation = Modulation(nothing, nothing, EPS)
+    truth = modulation.of(x.double())
+    lost = share * mean * torch.finfo(dtype).eps / 2
+    for rows in (
+        norm_modulate(x, modulation, False),
+        residual_norm(x, None, None, None, None, modulation, False)[1],
+    ):
+        assert rows is not None
+        rounding = truth.abs() * torch.finfo(dtype).eps
+        assert ((rows.values.double() - truth).abs() <= lost * truth.abs().clamp_min(1) + rounding).all()
+
+
 def test_norm_modulate_without_the_one_is_an_affine_layer_norm() -> None:
     x, weight, bias = draw(7, 384, seed=1), draw(384, seed=2), draw(384, seed=3)
     modulation = Modulation(weight[None], bias[None], EPS, plus=0.0)

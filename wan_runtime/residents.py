@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from wan_runtime.errors import InvalidOption, QuantisedWeight
+from wan_runtime.fp32_products import product
+from wan_runtime.tiling import patches, tiles
 
 Move = Callable[[torch.Tensor], torch.Tensor]
 COMPUTE_DTYPE = (
@@ -66,13 +68,27 @@ class OwnDtype(nn.Module):
 class _Resident(OwnDtype):
     """A leaf computed in fp32: floating-point inputs are cast up, the result back to the first input's dtype."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
-        args = tuple(_up(a) for a in args)
-        kwargs = {name: _up(a) for name, a in kwargs.items()}
         with _no_autocast(first):
-            result = super().forward(*args, **kwargs)
+            made = self._product(args[0]) if len(args) == 1 and not kwargs else None
+            if made is not None:
+                return made
+            result = super().forward(*map(_up, args), **{name: _up(a) for name, a in kwargs.items()})
         return result if first is None or not first.is_floating_point() else _as(first.dtype, result)
+
+    def _product(self, x: Any) -> torch.Tensor | None:
+        """The result where it is a product's: a Linear's or a patch embedding's, whose channels come last in memory."""
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return None
+        if original_class(self) is nn.Linear:
+            return product(x, self.weight, self.bias)
+        if tiles(self) and x.dim() == 5:
+            return product(patches(self, x), self.weight.flatten(1), self.bias).movedim(-1, 1)
+        return None
 
 
 class _Fp32Bias(OwnDtype):

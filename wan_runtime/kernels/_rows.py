@@ -182,15 +182,52 @@ def folded(values, COUNT: tl.constexpr, TO: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def normalise(a, b, eps, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr):
-    """LayerNorm without weights of R rows in fp32; 0 past the end."""
-    mean = row_sum(a, b, A, B, R) / WIDTH
-    a = a - mean
-    b = b - mean
+def _added(sum_a, squares_a, sum_b, squares_b):
+    return sum_a + sum_b, squares_a + squares_b
+
+
+@triton.jit
+def _moments(a, b, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr):
+    """The mean and variance of rows' two parts, two columns, by one reduction over the program."""
+    sums = tl.sum(tl.reshape(a, (R, B, A // B)), 2) + b
+    squares = tl.sum(tl.reshape(a * a, (R, B, A // B)), 2) + b * b
+    if R == 1:
+        total, square = tl.reduce((tl.reshape(sums, (B,)), tl.reshape(squares, (B,))), 0, _added)
+    else:
+        total, square = tl.reduce((sums, squares), 1, _added)
+        total = total[:, None]
+        square = square[:, None]
+    mean = total / WIDTH
+    return mean, tl.maximum(square / WIDTH - mean * mean, 0.0)
+
+
+@triton.jit
+def normalise(
+    a, b, eps, ROUNDED: tl.constexpr, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr
+):
+    """LayerNorm without weights of R rows in fp32; 0 past the end.
+
+    The variance of values that were ROUNDED to 16 bits is their mean square less the square of their mean: what that
+    loses where the mean is large is less than their rounding lost. That of fp32 values is the mean square of their
+    distances from the mean, which takes a second reduction.
+    """
+    if ROUNDED:
+        mean, variance = _moments(a, b, WIDTH, A, B, R)
+        scale = tl.rsqrt(variance + eps)
+        shift = -mean * scale
+        a = a * scale + shift
+        b = b * scale + shift
+    else:
+        mean = row_sum(a, b, A, B, R) / WIDTH
+        a = a - mean
+        b = b - mean
     if A + B != WIDTH:
         b = tl.where((A + tl.arange(0, B) < WIDTH)[None, :], b, 0.0)
-    scale = tl.rsqrt(row_sum(a * a, b * b, A, B, R) / WIDTH + eps)
-    return a * scale, b * scale
+    if not ROUNDED:
+        scale = tl.rsqrt(row_sum(a * a, b * b, A, B, R) / WIDTH + eps)
+        a = a * scale
+        b = b * scale
+    return a, b
 
 
 @triton.jit

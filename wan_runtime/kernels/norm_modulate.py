@@ -34,14 +34,14 @@ from wan_runtime.kernels._rows import (
 )
 
 LAUNCHES = {
-    1536: Launch(rows=8),
+    1536: Launch(rows=32, warps=2),
     3072: Launch(rows=8, stages=4),
     5120: Launch(warps=8, stages=4, registers=80),
 }
 OFFSET_LAUNCHES = {  # one more vector in registers
     1536: Launch(rows=32, warps=2),
-    3072: Launch(rows=8, stages=4, registers=128),
-    5120: Launch(rows=32, warps=8, stages=4),
+    3072: Launch(),
+    5120: Launch(warps=8),
 }
 
 
@@ -102,7 +102,7 @@ def _norm_modulate(
                 taken = entries
                 factor_a, factor_b = load_table(factor, taken, stride, SINGLE, WIDTH, A, B, R)
                 shift_a, shift_b = load_table(shift, taken, stride, SINGLE, WIDTH, A, B, R)
-        a, b = normalise(a, b, eps, WIDTH, A, B, R)
+        a, b = normalise(a, b, eps, x.dtype.element_ty.primitive_bitwidth == 16, WIDTH, A, B, R)
         a = a * (factor_a + PLUS) + shift_a
         b = b * (factor_b + PLUS) + shift_b
         store_rows(a, b, out, scales, row, left, E4M3_MAX, LEAST, CODES, WIDTH, A, B, R)

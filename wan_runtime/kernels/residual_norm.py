@@ -38,7 +38,7 @@ LAUNCHES = {3072: Launch(rows=8), 5120: Launch(rows=32, stages=4)}
 OFFSET_LAUNCHES = {  # without a residual
     1536: Launch(rows=8, warps=2, registers=128),
     3072: Launch(rows=8, stages=4),
-    5120: Launch(warps=8, stages=4, registers=128),
+    5120: Launch(warps=8, stages=4),
 }
 PLAIN_LAUNCHES = {  # without a norm there is little to do but wait for memory
     1536: Launch(rows=4),
@@ -111,7 +111,8 @@ def _residual_norm(
         b = b.to(total.dtype.element_ty)
         store_plain(total + row * WIDTH, WIDTH, left, a, b, WIDTH, A, B, R)
         if NORM:
-            normal_a, normal_b = normalise(a.to(tl.float32), b.to(tl.float32), eps, WIDTH, A, B, R)
+            rounded: tl.constexpr = total.dtype.element_ty.primitive_bitwidth == 16
+            normal_a, normal_b = normalise(a.to(tl.float32), b.to(tl.float32), eps, rounded, WIDTH, A, B, R)
             normal_a = normal_a * (factor_a + PLUS) + shift_a
             normal_b = normal_b * (factor_b + PLUS) + shift_b
             store_rows(normal_a, normal_b, out, scales, row, left, E4M3_MAX, LEAST, CODES, WIDTH, A, B, R)
