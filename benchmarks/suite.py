@@ -3,7 +3,7 @@
     --only WORDS       forward configurations whose "model: config" holds every word
     --linear           the linears too
     --seconds N        the most a configuration may take (600)
-    --show             run nothing; print the README's table and write the plot beside the file
+    --show             run nothing; print README.md's table and write the plot beside the file
 
 A forward configuration runs in a process of its own and takes the place of its older row in the file, so a run may be
 done in parts, on one machine. A configuration that fails is printed with its reason and leaves no row.
@@ -39,7 +39,19 @@ CONFIGS = (
     "ours nvfp4 fa3",
     "ours fp8 fp8attn",
 )
-MODELS = ("1.3B 480p", "5B 720p", "14B 480p", "14B 720p")
+MODELS = ("14B 480p", "14B 720p", "5B 720p", "1.3B 480p")
+RATIO_TO = "diffusers bf16 cudnn compiled"
+WORDS = {
+    "te": "Transformer Engine",
+    "kitchen": "comfy-kitchen",
+    "fp8": "FP8",
+    "nvfp4": "NVFP4",
+    "sdpa": "torch's choice",
+    "cudnn": "cuDNN",
+    "fa3": "FA3",
+    "fp8attn": "FP8 attention",
+    "layerwise": "layerwise casting",
+}
 
 
 def main() -> None:
@@ -111,19 +123,33 @@ def keep(file: Path, **sections: Any) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table a model, fastest last."""
-    heads = ("model", "configuration", "step s", "first call s", "peak GiB", "relative error")
+    """README.md's table: a model's rows end with the fastest, ours are bold, and * marks those of another run."""
+    heads = ("model", "weights, attention", "a forward", "ratio", "first call", "peak memory", "error")
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    base = {row["model"]: row["step_s"] for row in rows if row["config"] == RATIO_TO}
+    shown = ""
     for row in ordered(rows):
-        lines.append(
-            f"| {row['model']} | {row['config']} | {row['step_s']:.3f} | {row['first_s']:.1f} | "
-            f"{row.get('peak_gib', 0):.1f} | {_error(row)} |"
-        )
+        model, step = row["model"], f"{row['step_s']:.3f} s"
+        cells = [
+            words(row["config"]), step, f"{row['step_s'] / base[model]:.3f}", f"{row['first_s']:.1f} s",
+            f"{row.get('peak_gib', 0):.1f} GiB", _error(row),
+        ]  # fmt: skip
+        if row["config"].startswith("ours"):
+            cells[:2] = [f"**{cell}**" for cell in cells[:2]]
+        cells[0] += " *" if "run" in row else ""
+        lines.append(f"| {model if model != shown else ''} | {' | '.join(cells)} |")
+        shown = model
     return "\n".join(lines)
 
 
+def words(config: str) -> str:
+    """A configuration as a reader calls it."""
+    who, *what = config.split()
+    return f"{WORDS.get(who, who)}: {', '.join(WORDS.get(word, word) for word in what)}"
+
+
 def _error(row: dict[str, Any]) -> str:
-    return f"{row['relerr']:.3f}" if "relerr" in row else "not measured"
+    return f"{row['relerr']:.2g}" if "relerr" in row else "not measured"
 
 
 def ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,14 +166,14 @@ def plot(rows: list[dict[str, Any]]) -> str:
             "#2f6fde" if row["config"].startswith("ours") else "#b8bec8",
         )
         parts.append(
-            f'<text x="290" y="{at + 12}" text-anchor="end">{row["model"]}: {row["config"]}</text>'
-            f'<rect x="300" y="{at + 2}" width="{width:.0f}" height="13" fill="{fill}"/>'
-            f'<text x="{306 + width:.0f}" y="{at + 12}">{row["step_s"]:.2f} s</text>'
+            f'<text x="330" y="{at + 12}" text-anchor="end">{row["model"]}, {words(row["config"])}</text>'
+            f'<rect x="340" y="{at + 2}" width="{width:.0f}" height="13" fill="{fill}"/>'
+            f'<text x="{346 + width:.0f}" y="{at + 12}">{row["step_s"]:.2f} s</text>'
         )
         at += height
     style = "font-family: sans-serif; font-size: 11px; fill: #555"
     body = "\n".join(parts)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{at + 10}" style="{style}">\n{body}\n</svg>\n'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="790" height="{at + 10}" style="{style}">\n{body}\n</svg>\n'
 
 
 if __name__ == "__main__":

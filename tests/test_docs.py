@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -51,3 +52,13 @@ def test_a_curl_that_writes_a_file_writes_no_error_into_it(root: Path) -> None:
     ]
     writing = [line for line in lines if re.search(r" -o\b", line)]
     assert writing and all(re.match(r"curl -\w*f", line) for line in writing)
+
+
+def test_the_readme_shows_what_was_measured(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its table and its plot are those of the results beside them."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    suite = importlib.import_module("suite")
+    results = root / "benchmarks/results/h100.json"
+    rows = suite.load(results)["forward"]
+    assert rows and suite.table(rows) in (root / "README.md").read_text()
+    assert suite.plot(rows) == results.with_suffix(".svg").read_text()
