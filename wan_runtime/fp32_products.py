@@ -11,21 +11,25 @@ import torch
 from torch import nn
 
 ROWS = 1024  # below them a product is over before its parts are made
+NARROW = 4  # a weight with this many times fewer outputs than inputs: three products of it in fp32 take little memory
 ALIGNED = 8  # bf16 values in the 16 bytes that a row of a fast product is a multiple of
 
 
 def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """rows [..., in] times weight [out, in] fp32, plus bias [out] fp32, in the dtype of the rows: as in fp32, rounded
     once."""
-    if not _split(rows):
-        return nn.functional.linear(rows.float(), weight, bias).to(rows.dtype)
-    flat = rows.flatten(0, -2)
-    made = _beside(flat, weight, bias) if weight.shape[1] < weight.shape[0] else _below(flat, weight, bias)
+    outputs, inputs = weight.shape
+    if _splittable(rows) and inputs < outputs:
+        made = _beside(rows.flatten(0, -2), weight, bias)
+    elif _splittable(rows) and NARROW * outputs <= inputs:
+        made = _below(rows.flatten(0, -2), weight, bias)
+    else:
+        made = nn.functional.linear(rows.float(), weight, bias).to(rows.dtype)
     return made.view(*rows.shape[:-1], -1)
 
 
-def _split(rows: torch.Tensor) -> bool:
-    """Whether it takes less time, and nothing (a gradient, a compiler) wants the plain product."""
+def _splittable(rows: torch.Tensor) -> bool:
+    """Whether three products take less time than one, and nothing (a gradient, a compiler) wants the one."""
     return (
         rows.is_cuda
         and torch.version.cuda is not None

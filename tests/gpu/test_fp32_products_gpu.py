@@ -14,6 +14,7 @@ SHAPES = {  # inputs and outputs
     "patch embedding": (64, 5120),
     "patch embedding, image-to-video": (144, 1536),
     "odd": (69, 130),
+    "as many outputs": (1536, 1536),
     "head": (5120, 64),
     "head, TI2V-5B": (3072, 192),
 }
