@@ -15,7 +15,7 @@ from torch import nn
 from wan_runtime.errors import InvalidOption
 from wan_runtime.residents import Move, OwnDtype, become, kind_of, restore
 
-from . import Blocks, _carrying, _fused, _text
+from . import Blocks, _carrying, _fused, _patch_embedding, _text
 from ._attention_processor import TEXT_TOKENS, Processor, install, uninstall
 from ._called import KEY, leaf
 from ._context import keys_values
@@ -120,6 +120,7 @@ def fuse(model: nn.Module, kernels: str = "TRITON") -> list[str]:
             if kind is FusedEmbedder:
                 part.__dict__[MEMO] = (shared,)
                 _text.fuse(part.get_submodule("text_embedder"))
+    _patch_embedding.fuse(model)
     return notes([block for _, block in blocks], unfusable, _linears)
 
 
@@ -138,6 +139,7 @@ def unfuse(model: nn.Module) -> None:
         module.__dict__.pop(MEMO, None)
         module.__dict__.pop(KEY, None)
         _text.unfuse(module)
+        _patch_embedding.unfuse(module)
         if kind_of(module) in (FusedBlock, FusedEmbedder, FusedRotary):
             restore(module)
 

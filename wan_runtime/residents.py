@@ -18,7 +18,6 @@ from torch import nn
 
 from wan_runtime.errors import InvalidOption, QuantisedWeight
 from wan_runtime.fp32_products import product
-from wan_runtime.tiling import patches, tiles
 
 Move = Callable[[torch.Tensor], torch.Tensor]
 COMPUTE_DTYPE = (
@@ -65,7 +64,7 @@ class OwnDtype(nn.Module):
         return _rebuild, self._wan_runtime_kind, self.__getstate__()  # type: ignore[no-untyped-call]
 
 
-class _Resident(OwnDtype):
+class Resident(OwnDtype):
     """A leaf computed in fp32: floating-point inputs are cast up, the result back to the first input's dtype."""
 
     weight: torch.Tensor
@@ -74,21 +73,17 @@ class _Resident(OwnDtype):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
         with _no_autocast(first):
-            made = self._product(args[0]) if len(args) == 1 and not kwargs else None
-            if made is not None:
-                return made
-            result = super().forward(*map(_up, args), **{name: _up(a) for name, a in kwargs.items()})
-        return result if first is None or not first.is_floating_point() else _as(first.dtype, result)
+            if first is None or not first.is_floating_point() or kwargs or len(args) > 1:
+                made = super().forward(*map(_up, args), **{name: _up(a) for name, a in kwargs.items()})
+            else:
+                made = self.result(first)
+        return made if first is None or not first.is_floating_point() else _as(first.dtype, made)
 
-    def _product(self, x: Any) -> torch.Tensor | None:
-        """The result where it is a product's: a Linear's or a patch embedding's, whose channels come last in memory."""
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            return None
+    def result(self, x: torch.Tensor) -> Any:
+        """Of a floating-point tensor, in any dtype."""
         if original_class(self) is nn.Linear:
             return product(x, self.weight, self.bias)
-        if tiles(self) and x.dim() == 5:
-            return product(patches(self, x), self.weight.flatten(1), self.bias).movedim(-1, 1)
-        return None
+        return super().forward(x.float())
 
 
 class _Fp32Bias(OwnDtype):
@@ -141,7 +136,7 @@ class _Model(OwnDtype):
 Kind = str | type[OwnDtype]
 _KINDS: dict[str, type[nn.Module]] = {
     "own": OwnDtype,
-    "resident": _Resident,
+    "resident": Resident,
     "linear": _Fp32Bias,
     "model": _Model,
 }

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from wan_runtime.residents import become
+import wan_runtime
+from tests.hosts.diffusers import transformer
+from wan_runtime.patches._patch_embedding import FusedPatches
+from wan_runtime.residents import become, kind_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -57,16 +60,19 @@ def test_it_keeps_what_bf16_weights_lose(shape: str) -> None:
     assert error(ours) < 1.01 * error(truth.bfloat16()) < 0.8 * error(rounded)
 
 
-def test_a_patch_embedding_and_gradients() -> None:
-    torch.manual_seed(0)
-    conv = nn.Conv3d(16, 1536, (1, 2, 2), stride=(1, 2, 2), device="cuda")
-    video = torch.randn(1, 16, 5, 61, 60, device="cuda", dtype=torch.bfloat16)
-    truth = nn.functional.conv3d(video.double(), conv.weight.double(), conv.bias.double(), stride=conv.stride)  # type: ignore[union-attr]
-    become(conv, "resident")
+def test_a_fused_patch_embedding_and_gradients() -> None:
+    model = transformer(torch.bfloat16).to("cuda")
+    wan_runtime.patch(model)
+    conv, video = model.patch_embedding, torch.randn(1, 16, 5, 91, 90, device="cuda", dtype=torch.bfloat16)
+    assert kind_of(conv) is FusedPatches
+    truth = nn.functional.conv3d(
+        video.double(), conv.weight.double(), conv.bias.double(), stride=conv.stride
+    ).detach()
     with torch.no_grad():
         made = conv(video)
     assert ((made.double() - truth).abs() <= truth.abs() * 2**-8 + 1e-5).all()
     assert made.flatten(2).transpose(1, 2).is_contiguous()
+    conv.requires_grad_()
     traced = conv(video)
     traced.float().sum().backward()
     torch.testing.assert_close(traced.detach(), made, rtol=2**-7, atol=1e-5)
