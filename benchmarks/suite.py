@@ -1,6 +1,7 @@
 """Runs the benchmarks and keeps what they measured: `python benchmarks/suite.py benchmarks/results/h200.json`.
 
-    --only WORDS       forward configurations whose "model: config" holds every word
+    --model MODEL      this model only; may be given again, as --only may
+    --only WORDS       configurations that hold every word
     --linear           the linears too
     --seconds N        the most a configuration may take (600)
     --show             run nothing; print README.md's table and write the plot beside the file
@@ -74,14 +75,13 @@ def main() -> None:
 def run(given: argparse.Namespace) -> None:
     for model in given.model or MODELS:
         for config in CONFIGS:
-            words = f"{model}: {config}"
             if given.only and not any(set(only.split()) <= set(config.split()) for only in given.only):
                 continue
             rows = called(
                 "forward.py", given.seconds, "--model", model, "--config", config, "--runs", str(given.runs),
                 "--truth", str(Path(tempfile.gettempdir()) / f"truth {model}.pt"), "--profile",
             )  # fmt: skip
-            print(words, rows, flush=True)
+            print(f"{model}: {config}", rows, flush=True)
             keep(given.file, forward=[row for row in rows if "step_s" in row])
     if given.linear:
         rows = called("linear.py", given.seconds)

@@ -5,7 +5,7 @@ A convolution's lies channel after channel, and is passed over twice more: for i
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ READERS = {"patch_embedding": "blocks", "vace_patch_embedding": "vace_blocks"}
 class FusedPatches(Resident):
     """A convolution whose patches lie side by side and do not overlap."""
 
+    kernel_size: tuple[int, int, int]
+
     def result(self, x: torch.Tensor) -> Any:
         """Of video [batch, channels, frames, height, width]."""
         (reader,) = self.__dict__[MEMO]
@@ -28,11 +30,11 @@ class FusedPatches(Resident):
         # would be compiled a second time for that.
         if reader._compiled_call_impl is not None or torch.compiler.is_compiling() or x.dim() != 5:
             return super().result(x)
-        rows = patches(self, x)
+        rows = flat_patches(x, self.kernel_size)
         return product(rows, self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
-def tiles(module: nn.Module) -> TypeGuard[nn.Conv3d]:
+def tiles(module: nn.Module) -> bool:
     """Whether a module is a convolution over patches side by side."""
     return (
         isinstance(module, nn.Conv3d)
@@ -43,12 +45,11 @@ def tiles(module: nn.Module) -> TypeGuard[nn.Conv3d]:
     )
 
 
-def patches(conv: nn.Module, video: torch.Tensor) -> torch.Tensor:
-    """The patches of video [batch, channels, frames, height, width] that a convolution takes, each flat as its weight
-    is: [batch, t, h, w, values]. What is left over at the end of a side is left out, as a convolution leaves it.
+def flat_patches(video: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
+    """The patches of video [batch, channels, frames, height, width], each flat as the weight that it meets is:
+    [batch, t, h, w, values]. What is left over at the end of a side is left out, as a convolution leaves it.
     """
     batch, channels = video.shape[:2]
-    size: tuple[int, int, int] = conv.kernel_size  # type: ignore[assignment]
     (t, h, w), (pt, ph, pw) = [side // patch for side, patch in zip(video.shape[2:], size, strict=True)], size
     whole = video[:, :, : t * pt, : h * ph, : w * pw]
     parted = whole.reshape(batch, channels, t, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)

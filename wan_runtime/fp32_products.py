@@ -19,13 +19,10 @@ def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     """rows [..., in] times weight [out, in] fp32, plus bias [out] fp32, in the dtype of the rows: as in fp32, rounded
     once."""
     outputs, inputs = weight.shape
-    if _splittable(rows) and inputs < outputs:
-        made = _beside(rows.flatten(0, -2), weight, bias)
-    elif _splittable(rows) and NARROW * outputs <= inputs:
-        made = _below(rows.flatten(0, -2), weight, bias)
-    else:
-        made = nn.functional.linear(rows.float(), weight, bias).to(rows.dtype)
-    return made.view(*rows.shape[:-1], -1)
+    if _splittable(rows) and (inputs < outputs or NARROW * outputs <= inputs):
+        multiplied = _beside if inputs < outputs else _below
+        return multiplied(rows.flatten(0, -2), weight, bias).view(*rows.shape[:-1], outputs)
+    return nn.functional.linear(rows.float(), weight, bias).to(rows.dtype)
 
 
 def _splittable(rows: torch.Tensor) -> bool:

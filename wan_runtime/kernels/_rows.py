@@ -162,10 +162,15 @@ def load_table(
 
 
 @triton.jit
+def _shares(a, b, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr):
+    """What threads add up of rows' two parts by themselves [R, B]: one reduction over the program instead of two."""
+    return tl.sum(tl.reshape(a, (R, B, A // B)), 2) + b
+
+
+@triton.jit
 def row_sum(a, b, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr):
-    """The sums of rows' two parts, a column. The threads' own shares come first: one reduction over the program instead
-    of two."""
-    shares = tl.sum(tl.reshape(a, (R, B, A // B)), 2) + b
+    """The sums of rows' two parts, a column."""
+    shares = _shares(a, b, A, B, R)
     return tl.sum(shares) if R == 1 else tl.sum(shares, 1)[:, None]
 
 
@@ -189,8 +194,8 @@ def _added(sum_a, squares_a, sum_b, squares_b):
 @triton.jit
 def _moments(a, b, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, R: tl.constexpr):
     """The mean and variance of rows' two parts, two columns, by one reduction over the program."""
-    sums = tl.sum(tl.reshape(a, (R, B, A // B)), 2) + b
-    squares = tl.sum(tl.reshape(a * a, (R, B, A // B)), 2) + b * b
+    sums = _shares(a, b, A, B, R)
+    squares = _shares(a * a, b * b, A, B, R)
     if R == 1:
         total, square = tl.reduce((tl.reshape(sums, (B,)), tl.reshape(squares, (B,))), 0, _added)
     else:
