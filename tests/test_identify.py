@@ -194,3 +194,19 @@ def test_a_right_name_of_a_damaged_file_is_not_told_to_go(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="its weight_scale is missing") as told:
         open_checkpoint(wanted.write(tmp_path), dialect="comfy")
     assert "Leave --dialect" not in str(told.value)
+
+
+@pytest.mark.parametrize("leaf", ["weight_scale", "weight_scale_2"])
+def test_a_misspelt_scale_of_an_nvfp4_layer_is_named(tmp_path: Path, leaf: str) -> None:
+    wanted = content("comfy", "nvfp4")
+    wrong = f"{FIRST}.{leaf.replace('scale', 'scael')}"
+    wanted.tensors[wrong] = wanted.tensors.pop(f"{FIRST}.{leaf}")
+    with pytest.raises(CheckpointError, match=f"its {leaf} is missing; the nearest key is '{wrong}'"):
+        open_checkpoint(wanted.write(tmp_path), dialect="comfy")
+
+
+def test_a_scale_that_belongs_there_is_not_named_in_the_place_of_another(tmp_path: Path) -> None:
+    wanted = content("comfy", "nvfp4")
+    del wanted.tensors[f"{FIRST}.weight_scale_2"]
+    with pytest.raises(CheckpointError, match=r"its weight_scale_2 is missing\. Without"):
+        open_checkpoint(wanted.write(tmp_path), dialect="comfy")

@@ -76,20 +76,26 @@ def fp8_layer(header: Header, path: str, scale: str, input_leaf: str, weight_for
     key = f"{path}.weight"
     entry = header.entries[key]
     if f"{path}.{scale}" not in header.entries:
-        # Only the layer's own keys: the same key of the next layer is always near, and says nothing.
-        own = [k for k in header.entries if module(k) == path and k != key]
-        near = difflib.get_close_matches(f"{path}.{scale}", own, n=1, cutoff=0.8)
         raise BadTensor(
             header.path,
             key,
             f"it is {entry.dtype} and has no scale ({path}.{scale} is missing) while other layers of this file have "
-            f"theirs{f'; the nearest key is {near[0]!r}' if near else ''}. Without its scale the layer is noise.",
+            f"theirs{_nearest(header, path, scale, {'weight'})}. Without its scale the layer is noise.",
         )
     _refuse_coded_scale(header, f"{path}.{scale}")
     sources = [Source(key, "payload", code_slot), Source(f"{path}.{scale}", "scale", scale_slot)]
     sources += input_scale(header, path, input_leaf)
     shape = (entry.shape[0], entry.shape[1])
     return Layer(path, FP8.get(entry.dtype, weight_format), shape, tuple(sources))
+
+
+def _nearest(header: Header, path: str, leaf: str, others: set[str]) -> str:
+    """What a message adds of a missing leaf: the layer's nearest key that is none of its `others`."""
+    # Only the layer's own keys: the same key of the next layer is always near, and says nothing.
+    known = {f"{path}.{other}" for other in others}
+    own = [key for key in header.entries if module(key) == path and key not in known]
+    near = difflib.get_close_matches(f"{path}.{leaf}", own, n=1, cutoff=0.8)
+    return f"; the nearest key is {near[0]!r}" if near else ""
 
 
 def _refuse_coded_scale(header: Header, key: str) -> None:
@@ -110,8 +116,13 @@ def nvfp4_layer(header: Header, path: str, payload: Source, block_scale: Source)
         (f"{path}.weight_scale_2", "weight_scale_2"),
     ):
         if needed not in header.entries:
+            near = _nearest(
+                header, path, leaf_name, {"weight", "weight_scale", "weight_scale_2", "input_scale"}
+            )
             raise BadTensor(
-                header.path, f"{path}.weight", f"it is packed NVFP4 and its {leaf_name} is missing."
+                header.path,
+                f"{path}.weight",
+                f"it is packed NVFP4 and its {leaf_name} is missing{near}. Without its scales the layer is noise.",
             )
     entry, scales = header.entries[f"{path}.weight"], header.entries[block_scale.key]
     if entry.dtype != "U8" or len(entry.shape) != 2:
