@@ -1,22 +1,26 @@
-"""Each fused kernel alone at WAN's sizes: milliseconds, and its bytes as a share of what a copy moves here.
+"""Each fused kernel at WAN's sizes: milliseconds, and its bytes as a share of what a copy moves here.
 
-    python benchmarks/kernels.py [--size 14B] [--only gelu] [--sweep] [--compile]
+    python benchmarks/kernels.py [--size 14B] [--only gelu] [--sweep] [--loaded] [--compile]
 
---sweep tries other launches (rows a program, warps, stages, registers, rows at once) beside the kernel's own, and
-prints the best five; --compile only compiles them, so that several processes can fill Triton's cache before one of
-them measures: one a kernel (--only).
+--loaded times each call, the copy's too, after FP8 products, as in a model: they hold the card at its power, its clock
+falls, and a kernel that computes more than it moves takes up to a third longer than alone. --sweep tries other
+launches (rows a program, warps, stages, registers, rows at once) in turns with the kernel's own, and prints the best
+five; --compile only compiles them, so that several processes can fill Triton's cache before one of them measures: one a
+kernel (--only).
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from timing import milliseconds
+from timing import milliseconds, wait
 
 from wan_runtime.kernels import attention_output, gelu_quantize, norm_modulate, norm_rope, residual_norm
 from wan_runtime.kernels._launch import Launch, launch_at
@@ -135,27 +139,61 @@ def cases(tokens: int, width: int, ffn: int) -> dict[str, Case]:
     }  # fmt: skip
 
 
-def median(call: Callable[[], object], rounds: int = 9) -> float:
-    """Milliseconds on the GPU, after two rounds that are not counted."""
-    return float(statistics.median([milliseconds(call) for _ in range(rounds + 2)][2:]))
+def products(tokens: int, width: int) -> Callable[[], None]:
+    """Three FP8 products of [tokens, width] and [width, width], queued."""
+    draw = partial(torch.randn, device="cuda")
+    codes, weight = (draw(rows, width).to(torch.float8_e4m3fn) for rows in (tokens, width))
+    scales, weight_scales = torch.ones(tokens, 1, device="cuda"), torch.ones(1, width, device="cuda")
+
+    def queue() -> None:
+        for _ in range(3):
+            torch._scaled_mm(
+                codes, weight.t(), scales, weight_scales, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+
+    return queue
 
 
-def copy_rate() -> float:
+def medians(
+    calls: Mapping[Launch, Callable[[], object]], before: Callable[[], object], rounds: int
+) -> dict[Launch, float]:
+    """Milliseconds of each on the GPU, all in turns, after two rounds that are not counted."""
+    found: dict[Launch, list[float]] = {launch: [] for launch in calls}
+    for _ in range(rounds + 2):
+        for launch in random.sample(list(calls), len(calls)):
+            found[launch].append(milliseconds(calls[launch], before))
+    return {launch: float(statistics.median(times[2:])) for launch, times in found.items()}
+
+
+def copy_rate(before: Callable[[], object], rounds: int) -> float:
     """Bytes a millisecond, read and written, of a device copy."""
     source = torch.randint(0, 255, (2**30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * 2**30 / median(lambda: target.copy_(source))
+    (took,) = medians({Launch(): lambda: target.copy_(source)}, before, rounds).values()
+    return 2 * 2**30 / took
 
 
-def measure(name: str, case: Case, launches: tuple[Launch, ...]) -> list[tuple[float, Launch]]:
-    """Milliseconds of each launch that this GPU can make, the kernel's own first."""
-    found = []
-    for launch in launches:
+def possible(
+    name: str, case: Case, own: Launch, others: tuple[Launch, ...]
+) -> dict[Launch, Callable[[], object]]:
+    """The kernel's own launch, and the others that this GPU can make."""
+    case.run(own)
+    found: dict[Launch, Callable[[], object]] = {own: partial(case.run, own)}
+    for launch in others:
         try:
-            found.append((median(lambda how=launch: case.run(how)), launch))  # type: ignore[misc]
+            case.run(launch)
         except Exception as error:  # too many registers or too much shared memory for that launch
             print(f"{name}, {launch}: {type(error).__name__}: {str(error).splitlines()[0][:100]}", flush=True)
+        else:
+            found[launch] = partial(case.run, launch)
     return found
+
+
+def report(name: str, least: float, own: Launch, found: Mapping[Launch, float], best: int) -> None:
+    """The kernel's own launch and the best ones, beside the `least` milliseconds that a copy of its bytes takes."""
+    print(f"{name}: {found[own]:.4f} ms, {least / found[own]:.3f} of the copy rate", flush=True)
+    for launch, ms in sorted(found.items(), key=lambda pair: pair[1])[:best]:
+        print(f"    {ms:.4f} {least / ms:.3f} {launch}", flush=True)
 
 
 def main() -> None:
@@ -163,32 +201,28 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, action="append")
     parser.add_argument("--only", default="", help="kernels whose name has this in it")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--loaded", action="store_true")
     parser.add_argument("--compile", action="store_true")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark times GPU kernels and finds no GPU.")
-    rate = 1.0 if given.compile else copy_rate()
-    if not given.compile:
-        print(
-            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {rate / 1e9:.3f} TB/s",
-            flush=True,
-        )
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     for size in given.size or SIZES:
-        for name, case in cases(*SIZES[size]).items():
+        tokens, width, ffn = SIZES[size]
+        before = products(tokens, width) if given.loaded else wait
+        rounds = 29 if given.loaded else 9
+        rate = 0.0 if given.compile else copy_rate(before, rounds)
+        print(f"{size}: a copy moves {rate / 1e9:.3f} TB/s" if rate else f"{size}: compiling", flush=True)
+        for name, case in cases(tokens, width, ffn).items():
             if given.only not in name:
                 continue
-            own_launch = launch_at(case.measured, case.width)
+            own = launch_at(case.measured, case.width)
             swept = given.sweep and case.measured is not NO_CHOICE
-            found = measure(name, case, (own_launch, *(others(case.width) if swept else ())))
-            if given.compile:
-                continue
-            own, *_ = found
-            print(
-                f"{size} {name}: {own[0]:.4f} ms, {case.moved / own[0] / rate:.3f} of the copy rate",
-                flush=True,
-            )
-            for ms, launch in sorted(found, key=lambda pair: pair[0])[: 5 * given.sweep]:
-                print(f"    {ms:.4f} {case.moved / ms / rate:.3f} {launch}", flush=True)
+            calls = possible(name, case, own, others(case.width) if swept else ())
+            if not given.compile:
+                report(
+                    f"{size} {name}", case.moved / rate, own, medians(calls, before, rounds), 5 * given.sweep
+                )
 
 
 if __name__ == "__main__":

@@ -9,10 +9,15 @@ import torch
 WAIT = 2_000_000  # cycles, some millisecond
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """Between two events on the GPU, which waits until all is queued: in a model Python is far ahead of it."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+def wait() -> None:
+    """Keep the GPU waiting."""
     torch.cuda._sleep(WAIT)
+
+
+def milliseconds(call: Callable[[], object], before: Callable[[], object] = wait) -> float:
+    """Between two events on the GPU, which is busy with `before` until all is queued, as in a model."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before()
     start.record()
     call()
     stop.record()

@@ -10,7 +10,8 @@ from torch import nn
 from wan_runtime.attention import ATTENTIONS, Ends
 
 from . import _fused
-from ._shared import Shared
+from ._shared import Folded, Shared
+from ._snapshot import held, tracked
 from ._steps import Steps
 
 BESIDE_FP8 = "fa3"
@@ -56,12 +57,15 @@ class Attending:
             return None
         attend: Callable[..., torch.Tensor] | None = self.codes
         assert attend is not None
-        if torch.compiler.is_compiling() or number not in shared.folded:
-            q, k = (bounded(_fused.weight_of(norm), heads) for norm in (norm_q, norm_k))
-            if torch.compiler.is_compiling():  # its graph is all blocks', so nothing of this one may be in it
-                return _fused.Coded(attend, q, k)
-            shared.folded[number] = (q, k)
-        return _fused.Coded(attend, *shared.folded[number])
+
+        def make() -> tuple[Folded, Folded]:
+            return bounded(_fused.weight_of(norm_q), heads), bounded(_fused.weight_of(norm_k), heads)
+
+        if torch.compiler.is_compiling():  # its graph is all blocks', so nothing of this one may be in it
+            return _fused.Coded(attend, *make())
+        weights = held(norm_q, norm_k)
+        made = shared.folded_norms(number, weights, make) if tracked(weights) else make()
+        return _fused.Coded(attend, *made)
 
 
 def name_in_block(name: str, number: int, count: int, ends: Ends, *, inner: bool) -> str:

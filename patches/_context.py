@@ -8,6 +8,7 @@ import torch
 
 from . import _fused
 from ._shared import Shared
+from ._snapshot import held, tracked
 
 
 def keys_values(
@@ -15,7 +16,8 @@ def keys_values(
 ) -> list[_fused.KeysValues]:
     """K and V of a block's context [batch, tokens, width], of which the first `image` tokens are an image's.
 
-    They are kept for the prompts to come where weights alone decide them: no adapter and no hook.
+    They are kept for the steps to come where weights alone decide them (no adapter and no hook), and until one of
+    those is written.
     """
 
     def make() -> list[_fused.KeysValues]:
@@ -25,7 +27,9 @@ def keys_values(
         k, v, norm_k = part.image
         return [text, _fused.keys_and_values(k, v, norm_k, part.heads, context[:, :image], kernels)]
 
-    keep = all(_fused.takes_codes(module) for module in (part.k, part.v, *(part.image or ())[:2]))
-    if keep and not torch.compiler.is_compiling():
-        return shared.keys_values(number, context, make)
-    return make()
+    image_k_v, image_norm = ((), ()) if part.image is None else (part.image[:2], part.image[2:])
+    linears = (part.k, part.v, *image_k_v)
+    if torch.compiler.is_compiling() or not all(_fused.takes_codes(linear) for linear in linears):
+        return make()
+    weights = held(*linears, part.norm_k, *image_norm)
+    return shared.keys_values(number, context, weights, make) if tracked(weights) else make()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from wan_runtime.residents import pinned
+
 
 def hooked(module: nn.Module) -> str | None:
     """What would be missed by reading a module's tensors instead of calling it, in words; None where nothing would."""
@@ -16,6 +18,6 @@ def hooked(module: nn.Module) -> str | None:
         return "a diffusers hook"
     if module._forward_hooks or module._forward_pre_hooks:
         return "a forward hook"
-    if "forward" in own:
+    if "forward" in own and not pinned(module):
         return "a forward that was put in the place of its own"
     return None

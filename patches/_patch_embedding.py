@@ -25,13 +25,22 @@ class FusedPatches(Resident):
 
     def result(self, x: torch.Tensor) -> Any:
         """Of video [batch, channels, frames, height, width]."""
-        (reader,) = self.__dict__[MEMO]
+        # An adapter makes its own convolution of this class, and no block reads what that gives.
+        (reader,) = self.__dict__.get(MEMO, (None,))
         # Laid out by tokens, the batch of one clip has another stride than in what a block gives, and a compiled block
         # would be compiled a second time for that.
-        if reader._compiled_call_impl is not None or torch.compiler.is_compiling() or x.dim() != 5:
+        compiled = torch.compiler.is_compiling() or (
+            reader is not None and reader._compiled_call_impl is not None
+        )
+        if reader is None or compiled or not _whole(x, self.kernel_size):
             return super().result(x)
         rows = flat_patches(x, self.kernel_size)
         return product(rows, self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
+def _whole(x: torch.Tensor, size: tuple[int, int, int]) -> bool:
+    """Whether an input has a batch and at least one patch; a convolution knows what to do with others."""
+    return x.dim() == 5 and all(side >= patch for side, patch in zip(x.shape[2:], size, strict=True))
 
 
 def tiles(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -12,6 +12,7 @@ from torch import nn
 
 from ._called import number
 from ._fused import KeysValues
+from ._snapshot import Snapshot
 from ._stream import Begun
 
 Modulation = tuple[torch.Tensor, torch.Tensor | None]  # what _modulation.rows_of gives
@@ -20,11 +21,11 @@ PROMPTS = 2  # a guided step asks for two: the prompt and the negative prompt
 
 
 class Prompt:
-    """One context [batch, tokens, width], and what each block made of it."""
+    """One context [batch, tokens, width], and what each block made of it, with which weights."""
 
     def __init__(self, context: torch.Tensor) -> None:
         self.context = context.detach().clone()  # compared by value: the host may write into its own
-        self.made: dict[int, list[KeysValues]] = {}
+        self.made: dict[int, tuple[Snapshot, list[KeysValues]]] = {}
 
     def is_of(self, context: torch.Tensor) -> bool:
         return same(self.context, context)
@@ -57,7 +58,7 @@ class Shared:
 
     prompts  K and V of the last prompts, a block: they depend on the prompt and the weights alone.
     rotary   the host's table, and the one made of it, kept while the host hands out the same.
-    folded   weights of norms with FP8 attention's static scales in them, a block.
+    folded   weights of norms with FP8 attention's static scales in them, a block, and what they were made of.
     blocks   the blocks, by their number; they say so themselves, so that a copy's are the copy's.
     carried  what a block has made for the block of a number. Where that is given another stream (a host may add to it,
              or leave blocks out) it is made in vain, each time: no result may hang on what was run before.
@@ -73,7 +74,7 @@ class Shared:
         """Forget everything: weights moved or changed."""
         self.prompts: list[Prompt] = []
         self.current: tuple[torch.Tensor, Prompt] | None = None
-        self.folded: dict[int, tuple[Folded, Folded]] = {}
+        self.folded: dict[int, tuple[Snapshot, tuple[Folded, Folded]]] = {}
         self.rotary: tuple[torch.Tensor, torch.Tensor] | None = None
         self.carried: dict[int, Carried] = {}
         self.steps: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -114,18 +115,32 @@ class Shared:
         self.clear()
 
     def keys_values(
-        self, block: int, context: torch.Tensor, make: Callable[[], list[KeysValues]]
+        self,
+        block: int,
+        context: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        make: Callable[[], list[KeysValues]],
     ) -> list[KeysValues]:
-        """What `make` gives for a block and a context, remembered for the last PROMPTS contexts.
+        """What `make` gives for a block's weights and a context, remembered for the last PROMPTS contexts.
 
         The first block of a forward compares the context by value (on a GPU that waits for it, once a forward).
         """
         if self.current is None or self.current[0] is not context:
             self.current = (context, self._prompt(context))
         made = self.current[1].made
-        if block not in made:
-            made[block] = make()
-        return made[block]
+        kept = made.get(block)
+        if kept is None or not kept[0].matches(weights):
+            kept = made[block] = (Snapshot(weights), make())
+        return kept[1]
+
+    def folded_norms(
+        self, block: int, weights: Sequence[torch.Tensor], make: Callable[[], tuple[Folded, Folded]]
+    ) -> tuple[Folded, Folded]:
+        """What `make` gives for the weights of a block's norms, remembered."""
+        kept = self.folded.get(block)
+        if kept is None or not kept[0].matches(weights):
+            kept = self.folded[block] = (Snapshot(weights), make())
+        return kept[1]
 
     def _prompt(self, context: torch.Tensor) -> Prompt:
         found = next((prompt for prompt in self.prompts if prompt.is_of(context)), None) or Prompt(context)

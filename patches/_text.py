@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,44 +12,35 @@ from wan_runtime.residents import Move, OwnDtype, become, original_class, restor
 
 from ._hooks import hooked
 from ._shared import PROMPTS, same
+from ._snapshot import Snapshot, tracked
 from ._unfusable import traced
 
 MEMO = "_wan_runtime_texts"  # on a text embedder: its Texts
 
 
-@dataclass(frozen=True)
-class State:
-    """What decides an embedding beside the prompt.
-
-    parameters  the embedder's own, held so that no other can take their place in `seen`.
-    seen        of each: which it is, where its values lie, and how often torch has seen them written.
-    autocast    the dtype of an autocast that is on, or None.
-    """
-
-    parameters: tuple[nn.Parameter, ...]
-    seen: tuple[tuple[int, int, int], ...]
-    autocast: torch.dtype | None
-
-    def is_as(self, other: State) -> bool:
-        return (self.seen, self.autocast) == (other.seen, other.autocast)
-
-
 class Texts:
-    """The last PROMPTS prompts [batch, tokens, width] and their embeddings. A copy or a pickle of it starts empty."""
+    """The last PROMPTS prompts [batch, tokens, width], their embeddings, and what these were made with: weights, and
+    the dtype of an autocast or None. A copy or a pickle of it starts empty."""
 
     def __init__(self) -> None:
-        self.kept: list[tuple[torch.Tensor, torch.Tensor, State]] = []
+        self.kept: list[tuple[torch.Tensor, torch.Tensor, Snapshot, torch.dtype | None]] = []
 
     def __reduce__(self) -> tuple[type[Texts], tuple[()]]:
         return type(self), ()
 
-    def embedded(self, text: torch.Tensor, state: State, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def embedded(
+        self,
+        text: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        autocast: torch.dtype | None,
+        make: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
         """What `make` gives for a prompt, which is compared by value (on a GPU that waits for it). The caller may
         write into it."""
-        known = [entry for entry in self.kept if entry[2].is_as(state)]
+        known = [entry for entry in self.kept if entry[2].matches(weights) and entry[3] == autocast]
         found = next((entry for entry in known if same(entry[0], text)), None)
         if found is None:
-            found = (text.detach().clone(), make().detach(), state)
+            found = (text.detach().clone(), make().detach(), Snapshot(weights), autocast)
         self.kept = [found, *(entry for entry in known if entry is not found)][:PROMPTS]
         return found[1].clone()
 
@@ -63,11 +53,10 @@ class FusedText(OwnDtype):
         parameters = tuple(self.parameters())
         if torch.compiler.is_compiling() or traced((text, *parameters)) is not None or not _decides(self):
             return forward(text)
-        seen = tuple((id(p), p.data_ptr(), p._version) for p in parameters)
         kind = text.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         texts: Texts = self.__dict__[MEMO]
-        return texts.embedded(text, State(parameters, seen, autocast), lambda: forward(text))
+        return texts.embedded(text, parameters, autocast, lambda: forward(text))
 
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
         self.__dict__[MEMO] = Texts()
@@ -81,7 +70,7 @@ def _decides(embedder: nn.Module) -> bool:
         and (part is embedder or not part._modules)  # what an adapter wraps has parts of its own
         and (not part._parameters or original_class(part) is nn.Linear)
         for part in embedder.modules()
-    ) and not any(parameter.is_inference() for parameter in embedder.parameters())
+    ) and tracked(embedder.parameters())
 
 
 def fuse(embedder: nn.Module) -> None:

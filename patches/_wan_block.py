@@ -91,13 +91,20 @@ class FusedRotary(OwnDtype):
     def forward(self, hidden_states: torch.Tensor) -> Any:
         sizes, device = hidden_states.shape[2:], hidden_states.device
         kept = self.__dict__.get(MEMO)
-        if kept is None or kept[0] != (sizes, device):
+        if kept is None or kept[0] != (sizes, device) or _unsavable(kept[1][0]):
             kept = self.__dict__[MEMO] = ((sizes, device), super().forward(hidden_states))
         return kept[1]
 
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
         self.__dict__.pop(MEMO, None)
         return super()._apply(fn, recurse)
+
+
+def _unsavable(table: torch.Tensor) -> bool:
+    """Whether a table was made in inference mode and is wanted outside of it, where autograd may have to save it."""
+    return (
+        not torch.compiler.is_compiling() and table.is_inference() and not torch.is_inference_mode_enabled()
+    )
 
 
 def fuse(model: nn.Module, kernels: str = "TRITON") -> list[str]:

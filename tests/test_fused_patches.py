@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
 import wan_runtime
-from tests.hosts.diffusers import transformer
+from tests.hosts.diffusers import error, run, transformer
 from wan_runtime.patches import _patch_embedding, _wan_block
 from wan_runtime.patches._patch_embedding import FusedPatches, tiles
 from wan_runtime.residents import kind_of
@@ -68,6 +69,30 @@ def test_gradients_are_a_convolution_s() -> None:
     inputs = (video, conv.weight, conv.bias)
     wanted = torch.autograd.grad(truth.square().sum(), inputs)
     torch.testing.assert_close(torch.autograd.grad(conv(video).square().sum(), inputs), wanted)
+
+
+@torch.no_grad()
+def test_a_clip_smaller_than_a_patch_is_refused_as_a_convolution_refuses_it() -> None:
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+        embedding()(torch.randn(1, 16, 3, 1, 8, dtype=torch.bfloat16))
+
+
+@torch.no_grad()
+def test_an_adapter_s_own_convolutions() -> None:
+    """peft makes them of the class that it finds."""
+    plain, twin = transformer(torch.bfloat16), transformer(torch.bfloat16)
+    for model in (plain, twin):
+        wan_runtime.patch(model, attention="sdpa")
+    _wan_block.fuse(twin, "TWINS")
+    before = run(twin, torch.bfloat16)
+    for model in (plain, twin):
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["patch_embedding"]))
+    assert isinstance(twin.patch_embedding.lora_A["default"], FusedPatches)
+    result = run(twin, torch.bfloat16)
+    assert error(result, run(plain, torch.bfloat16)) < 0.005 < error(result, before)
+    twin.delete_adapters("default")
+    assert torch.equal(run(twin, torch.bfloat16), before)
 
 
 @torch.no_grad()

@@ -14,14 +14,16 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook, disk_offload
 from accelerate.hooks import remove_hook_from_submodules
-from diffusers.hooks import apply_group_offloading
+from diffusers.hooks import HookRegistry, apply_group_offloading
 from safetensors.torch import load_file
 from torch import nn
 
 import wan_runtime
-from tests.hosts.diffusers import latents, pipeline, run, transformer
+from tests.hosts.diffusers import error, latents, pipeline, run, transformer
+from tests.test_fused_block import Spy
 from wan_runtime.errors import InvalidOption
 from wan_runtime.linear import QuantLinear, quantised_layers
+from wan_runtime.patches import _wan_block
 
 CPU = torch.device("cpu")
 Weights = pytest.mark.parametrize("weights", ["fp8", "nvfp4"])
@@ -171,3 +173,55 @@ def test_unpatching_an_offloaded_model_is_refused() -> None:
     remove_hook_from_submodules(model)
     wan_runtime.unpatch(model)
     assert not any(isinstance(m, QuantLinear) for m in model.modules())
+
+
+def _grouped(level: str) -> Callable[[Any], None]:
+    blocks = {"num_blocks_per_group": 1} if level == "block_level" else {}
+    return lambda model: model.enable_group_offload(onload_device=CPU, offload_type=level, **blocks)
+
+
+OFFLOADS: dict[str, tuple[Callable[[Any], object], Callable[[Any], object]]] = {
+    "accelerate": (lambda model: cpu_offload(model, CPU), remove_hook_from_submodules),
+    **{
+        f"diffusers, {level}": (
+            _grouped(level),
+            lambda model: HookRegistry.check_if_exists_or_initialize(model).remove_hook("group_offloading"),
+        )
+        for level in ("leaf_level", "block_level")
+    },
+}
+
+
+@pytest.mark.parametrize("how", OFFLOADS)
+def test_unpatching_and_patching_once_offloading_is_off_again(how: str) -> None:
+    """Hooks that are removed leave their module's forward as an attribute of it."""
+    put, take = OFFLOADS[how]
+    plain: Any = transformer(torch.bfloat16)
+    put(plain)
+    run(plain, torch.bfloat16)
+    take(plain)
+    wan_runtime.patch(plain, skip=("blocks.1.ffn.*",))
+    model = patched()
+    expected = run(model, torch.bfloat16)
+    assert torch.equal(run(plain, torch.bfloat16), expected)
+    put(model)
+    run(model, torch.bfloat16)
+    take(model)
+    wan_runtime.unpatch(model)
+    assert not any(isinstance(m, QuantLinear) for m in model.modules())
+    assert 0 < error(run(model, torch.bfloat16), expected) < 0.02
+
+
+@pytest.mark.parametrize("how", OFFLOADS)
+def test_blocks_are_fused_again_once_offloading_is_off(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, take = OFFLOADS[how]
+    spy, model = Spy(monkeypatch), transformer(torch.bfloat16)
+    wan_runtime.patch(model, attention="sdpa")
+    with torch.no_grad():
+        assert _wan_block.fuse(model, "TWINS") == []
+    expected = run(model, torch.bfloat16)
+    put(model)
+    run(model, torch.bfloat16)
+    take(model)
+    spy.count = 0
+    assert torch.equal(run(model, torch.bfloat16), expected) and spy.count == 2

@@ -67,7 +67,11 @@ def hook_on(module: nn.Module, decision: Decision) -> str | None:
     if accelerates is not None and (leaf or getattr(accelerates, "offload", False)):
         return "an accelerate hook"
     registry = getattr(module, "_diffusers_hook", None)
-    if registry is not None and (leaf or registry.get_hook("group_offloading") is not None):
+    if (
+        registry is not None
+        and registry.hooks
+        and (leaf or registry.get_hook("group_offloading") is not None)
+    ):
         return "a diffusers hook"
     if decision.action == "quantised" and (module._forward_hooks or module._forward_pre_hooks):
         return "a forward hook"

@@ -181,6 +181,7 @@ def become(module: nn.Module, kind: Kind) -> None:
     """Give a module the behaviour of a kind: own, resident, linear, model or a host's. Its tensors stay as they are."""
     key: Any = kind  # mypy takes no class of modules for hashable
     base: Any = original_class(module)
+    unpin(module)
     module.__class__ = _subclass(key, base)
 
 
@@ -198,4 +199,20 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 def restore(module: nn.Module) -> None:
     """Undo `become`."""
+    unpin(module)
     module.__class__ = original_class(module)
+
+
+def pinned(module: nn.Module) -> bool:
+    """Whether a module holds the forward of its own class as an attribute, as hooks of accelerate and diffusers that
+    were removed leave it: nothing is in its place, but a change of class would not change it."""
+    held: Any = module.__dict__.get("forward")
+    return getattr(held, "__self__", None) is module and any(
+        held.__func__ is vars(cls).get("forward") for cls in type(module).__mro__
+    )
+
+
+def unpin(module: nn.Module) -> None:
+    """Let a module's class say what its forward is, where it is `pinned`."""
+    if pinned(module):
+        del module.__dict__["forward"]

@@ -150,7 +150,9 @@ def undo(model: nn.Module) -> None:
         if hook is not None:
             raise InvalidOption(
                 f"{decision.path or 'the model'} carries {hook}, which unpatching would break. Turn offloading off "
-                "(pipe.remove_all_hooks(), accelerate's remove_hook_from_submodules) and remove hooks first."
+                "(pipe.remove_all_hooks(), accelerate's remove_hook_from_submodules(model), for group offloading "
+                "diffusers.hooks.HookRegistry.check_if_exists_or_initialize(model).remove_hook('group_offloading')) "
+                "and remove hooks first."
             )
     for decision in patched.decisions:
         path = _located(model, decision.path)

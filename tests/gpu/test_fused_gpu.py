@@ -102,6 +102,21 @@ def test_fp8_attention_runs_in_the_inner_blocks(monkeypatch: pytest.MonkeyPatch)
     )
 
 
+@torch.no_grad()
+def test_weights_written_between_two_steps_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_attending, "SHORT", 0)
+    plain = refused("fp8", CUDA, BF16, 128) is not None
+    fp8: dict[str, Any] = {} if plain else {"attention": "fp8", "attention_end_steps": 0}
+    made = model(weights="fp8", **fp8)
+    before = run(made)
+    assert torch.equal(run(made), before)
+    for norm in (made.blocks[1].attn2.norm_k, made.blocks[2].attn1.norm_k):
+        norm.weight.mul_(3)
+    after = run(made)
+    made.blocks[0].__dict__[_wan_block.MEMO][0].clear()
+    assert torch.equal(run(made), after) and error(after, before) > 1e-4
+
+
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
 def test_group_offload_gives_the_same(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Added by a pass the stream is rounded alike whether a block before has begun the next one's work or not.

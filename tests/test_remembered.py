@@ -1,0 +1,148 @@
+"""What fused blocks keep from one forward to the next, and that they forget it once a weight it was made of is written:
+the kernels' twins on the CPU, in diffusers' models."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-runtime[dev]')")
+
+from accelerate import cpu_offload
+
+from tests.hosts.diffusers import error, inputs
+from tests.test_fp8_attention import TWO_BLOCKS, in_diffusers
+from tests.test_fused_block import coded, fused, patched, run
+from wan_runtime.attention import ATTENTIONS
+from wan_runtime.patches import _attending, _wan_block
+from wan_runtime.patches._attending import Attending
+from wan_runtime.patches._snapshot import Snapshot, held, tracked
+
+
+def test_prompts_are_remembered_by_value() -> None:
+    model = patched()
+    twin = coded(fused(model))
+    calls = []
+    twin.get_submodule("blocks.1.attn2.to_k").register_forward_hook(lambda *_: calls.append(1))
+    first = run(twin)
+    other = torch.randn_like(inputs()["encoder_hidden_states"])
+    assert error(run(twin, encoder_hidden_states=other), first) > 1e-4
+    assert torch.equal(run(twin), first)
+    shared = twin.blocks[0].__dict__[_wan_block.MEMO][0]
+    assert len(shared.prompts) == 2
+    assert set(shared.prompts[0].made) == {0}  # block 1's k carries a hook: called each time
+    assert len(calls) == 3
+    third = torch.randn_like(other)
+    run(twin, encoder_hidden_states=third)
+    assert len(shared.prompts) == 2 and shared.prompts[0].context.shape[1] == other.shape[1]
+    twin.to(torch.float32)
+    assert shared.prompts == []
+
+
+def test_new_weights_forget_what_the_old_ones_made() -> None:
+    model = patched()
+    twin = coded(fused(model))
+    before = run(twin)
+    state = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
+    for name in state:
+        if name.endswith("attn2.to_v.payload"):
+            state[name] = state[name].flip(0)
+    twin.load_state_dict(state)
+    assert error(run(twin), before) > 1e-4
+
+
+def shared_of(model: Any) -> Any:
+    return model.blocks[0].__dict__[_wan_block.MEMO][0]
+
+
+@torch.inference_mode()
+def in_inference_mode(parameter: nn.Parameter) -> None:
+    parameter.mul_(3)
+
+
+WRITES: dict[str, Callable[[nn.Module, str], Any]] = {
+    "in place": lambda module, name: module.get_parameter(name).mul_(3),
+    "in inference mode": lambda module, name: in_inference_mode(module.get_parameter(name)),
+    "new data": lambda module, name: setattr(
+        module.get_parameter(name), "data", module.get_parameter(name) * 3
+    ),
+    "a new parameter": lambda module, name: module.register_parameter(
+        name, nn.Parameter(module.get_parameter(name) * 3, requires_grad=False)
+    ),
+    "a state dict of the part": lambda module, name: module.load_state_dict(
+        {**module.state_dict(), name: module.get_parameter(name) * 3}
+    ),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize(("part", "name"), [("attn2.norm_k", "weight"), ("attn2.to_v", "bias")])
+@torch.no_grad()
+def test_keys_and_values_are_those_of_the_weights_there_now(part: str, name: str, write: str) -> None:
+    twin = coded(fused(patched()))
+    before = run(twin)
+    kept = shared_of(twin).prompts[0].made[1][1][0]
+    assert torch.equal(run(twin), before)
+    assert shared_of(twin).prompts[0].made[1][1][0] is kept  # made once
+    WRITES[write](twin.blocks[1].get_submodule(part), name)
+    after = run(twin)
+    shared_of(twin).clear()
+    assert torch.equal(after, run(twin)) and error(after, before) > 1e-4
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("norm", ["norm_q", "norm_k"])
+@torch.no_grad()
+def test_fp8_attention_s_scales_are_those_of_the_weights_there_now(
+    norm: str, write: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Attending, "attend", lambda self, *qkv: ATTENTIONS["sdpa"].attend(*qkv))
+    monkeypatch.setattr(_attending, "SHORT", 0)
+    model, twin, calls = in_diffusers(TWO_BLOCKS)
+    run(twin)
+    kept = shared_of(twin).folded[2]
+    run(twin)
+    assert len(calls) == 4 and shared_of(twin).folded[2] is kept
+    for each in (model, twin):
+        WRITES[write](each.blocks[2].attn1.get_submodule(norm), "weight")
+    assert error(run(twin), run(model)) < 0.02
+    assert shared_of(twin).folded[2] is not kept
+
+
+@torch.no_grad()
+def test_weights_whose_writes_torch_does_not_count_are_read_each_time() -> None:
+    twin = coded(fused(patched()))
+    with torch.inference_mode():
+        for block in twin.blocks:
+            norm = block.attn2.norm_k
+            norm.weight = nn.Parameter(norm.weight.clone(), requires_grad=False)
+        before = run(twin)
+        assert shared_of(twin).prompts == []
+        twin.blocks[1].attn2.norm_k.weight.mul_(3)
+        assert error(run(twin), before) > 1e-4
+
+
+def test_nothing_that_is_kept_keeps_offloaded_weights_alive() -> None:
+    twin = coded(fused(patched()))
+    run(twin)
+    payload = weakref.ref(twin.blocks[0].attn2.to_k.get_parameter("payload"))
+    embedder = weakref.ref(twin.condition_embedder.text_embedder.linear_1.weight)
+    cpu_offload(twin, execution_device=torch.device("cpu"))
+    gc.collect()
+    assert payload() is None and embedder() is None
+
+
+def test_a_snapshot_of_no_tensor_and_of_others() -> None:
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert held(one, two) == [one.weight, one.bias, two.weight, two.bias]
+    taken = Snapshot(held(one))
+    assert taken.matches(held(one)) and not taken.matches(held(two)) and not taken.matches(held(one, two))
+    assert Snapshot([]).matches([])
+    with torch.inference_mode():
+        assert not tracked([torch.zeros(1)])
