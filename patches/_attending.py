@@ -11,7 +11,7 @@ from wan_runtime.attention import ATTENTIONS, Ends
 
 from . import _fused
 from ._shared import Folded, Shared
-from ._snapshot import held, tracked
+from ._snapshot import held
 from ._steps import Steps
 
 BESIDE_FP8 = "fa3"
@@ -63,9 +63,7 @@ class Attending:
 
         if torch.compiler.is_compiling():  # its graph is all blocks', so nothing of this one may be in it
             return _fused.Coded(attend, *make())
-        weights = held(norm_q, norm_k)
-        made = shared.folded_norms(number, weights, make) if tracked(weights) else make()
-        return _fused.Coded(attend, *made)
+        return _fused.Coded(attend, *shared.folded_norms(number, held(norm_q, norm_k), make))
 
 
 def name_in_block(name: str, number: int, count: int, ends: Ends, *, inner: bool) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from . import _fused
 from ._shared import Shared
-from ._snapshot import held, tracked
+from ._snapshot import held
 
 
 def keys_values(
@@ -31,5 +31,4 @@ def keys_values(
     linears = (part.k, part.v, *image_k_v)
     if torch.compiler.is_compiling() or not all(_fused.takes_codes(linear) for linear in linears):
         return make()
-    weights = held(*linears, part.norm_k, *image_norm)
-    return shared.keys_values(number, context, weights, make) if tracked(weights) else make()
+    return shared.keys_values(number, context, held(*linears, part.norm_k, *image_norm), make)

@@ -29,10 +29,10 @@ class FusedPatches(Resident):
         (reader,) = self.__dict__.get(MEMO, (None,))
         # Laid out by tokens, the batch of one clip has another stride than in what a block gives, and a compiled block
         # would be compiled a second time for that.
-        compiled = torch.compiler.is_compiling() or (
-            reader is not None and reader._compiled_call_impl is not None
+        eager = (
+            reader is not None and reader._compiled_call_impl is None and not torch.compiler.is_compiling()
         )
-        if reader is None or compiled or not _whole(x, self.kernel_size):
+        if not eager or not _whole(x, self.kernel_size):
             return super().result(x)
         rows = flat_patches(x, self.kernel_size)
         return product(rows, self.weight.flatten(1), self.bias).movedim(-1, 1)

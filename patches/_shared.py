@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -12,11 +12,12 @@ from torch import nn
 
 from ._called import number
 from ._fused import KeysValues
-from ._snapshot import Snapshot
+from ._snapshot import Snapshot, tracked
 from ._stream import Begun
 
 Modulation = tuple[torch.Tensor, torch.Tensor | None]  # what _modulation.rows_of gives
 Folded = tuple[torch.Tensor, torch.Tensor]  # what norm_rope.bounded gives
+Made = TypeVar("Made")
 PROMPTS = 2  # a guided step asks for two: the prompt and the negative prompt
 
 
@@ -125,22 +126,17 @@ class Shared:
 
         The first block of a forward compares the context by value (on a GPU that waits for it, once a forward).
         """
+        if not tracked(weights):
+            return make()
         if self.current is None or self.current[0] is not context:
             self.current = (context, self._prompt(context))
-        made = self.current[1].made
-        kept = made.get(block)
-        if kept is None or not kept[0].matches(weights):
-            kept = made[block] = (Snapshot(weights), make())
-        return kept[1]
+        return _remembered(self.current[1].made, block, weights, make)
 
     def folded_norms(
         self, block: int, weights: Sequence[torch.Tensor], make: Callable[[], tuple[Folded, Folded]]
     ) -> tuple[Folded, Folded]:
         """What `make` gives for the weights of a block's norms, remembered."""
-        kept = self.folded.get(block)
-        if kept is None or not kept[0].matches(weights):
-            kept = self.folded[block] = (Snapshot(weights), make())
-        return kept[1]
+        return _remembered(self.folded, block, weights, make) if tracked(weights) else make()
 
     def _prompt(self, context: torch.Tensor) -> Prompt:
         found = next((prompt for prompt in self.prompts if prompt.is_of(context)), None) or Prompt(context)
@@ -154,6 +150,19 @@ class Shared:
         if self.rotary is None or self.rotary[0] is not cosines:
             self.rotary = (cosines, _table(cosines, sines))
         return self.rotary[1]
+
+
+def _remembered(
+    made: dict[int, tuple[Snapshot, Made]],
+    block: int,
+    weights: Sequence[torch.Tensor],
+    make: Callable[[], Made],
+) -> Made:
+    """What was made of a block's weights, made anew where they are no longer what they were."""
+    kept = made.get(block)
+    if kept is None or not kept[0].matches(weights):
+        kept = made[block] = (Snapshot(weights), make())
+    return kept[1]
 
 
 def announce(block: nn.Module, shared: Shared, at: int) -> None:
