@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from board import Board  # beside this file
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
@@ -148,7 +149,8 @@ def _peer(made: Any, who: str, what: list[str]) -> None:
 
 
 def timed(made: Any, arguments: dict[str, Any], runs: int) -> tuple[dict[str, Any], torch.Tensor]:
-    """First call, then the median of `runs` after one more, with the spread between the extremes."""
+    """First call, then the median of `runs` after one more, with the spread between the extremes; the GPU's clock and
+    power meanwhile."""
     gpu = arguments["hidden_states"].is_cuda
 
     def once() -> tuple[float, torch.Tensor]:
@@ -163,15 +165,19 @@ def timed(made: Any, arguments: dict[str, Any], runs: int) -> tuple[dict[str, An
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     first, result = once()
-    once()
-    steady = sorted(once()[0] for _ in range(runs))
-    figures = {
+    with Board(gpu) as board:
+        once()
+        began = time.perf_counter()
+        steady = sorted(once()[0] for _ in range(runs))
+        ended = time.perf_counter()
+    figures: dict[str, Any] = {
         "first_s": round(first, 3),
         "step_s": round(statistics.median(steady), 4),
         "spread_s": round(steady[-1] - steady[0], 4),
     }
     if gpu:
         figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        figures |= board.between(began, ended)
     return figures, result
 
 
