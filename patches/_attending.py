@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from wan_runtime.attention import ATTENTIONS, Ends
+from wan_runtime.backends._gradients import wanted
 
 from . import _fused
 from ._shared import Folded, Shared
@@ -22,7 +23,8 @@ class Attending:
     """One attention of a model.
 
     name         a member of wan_runtime.attention.
-    planned_for  the device type and the dtype it was chosen for; a model that was moved since gets torch's SDPA.
+    planned_for  the device type and the dtype it was chosen for; a model that was moved since gets torch's SDPA, and so
+                 does one that is trained, where the chosen one has no gradient.
     steps        with FP8 attention, where the model is in a generation; None: in no end.
     codes        the attention on e4m3 codes, where it takes them; see Attention.codes.
     """
@@ -33,7 +35,7 @@ class Attending:
         chosen = ATTENTIONS[name]
         self._attend, self._elsewhere = chosen.attend, ATTENTIONS["sdpa"].attend
         self._beside = chosen.attend if chosen.codes is None else ATTENTIONS[BESIDE_FP8].attend
-        self.codes = chosen.codes
+        self.codes, self._trains = chosen.codes, chosen.trains
 
     def takes_codes(self, keys: int) -> bool:
         """Whether a call with so many keys is to be computed in FP8 now."""
@@ -43,7 +45,7 @@ class Attending:
         """q, k, v [batch, tokens, heads, head] -> [batch, tokens, heads, head]."""
         device, dtype = self.planned_for
         planned = q.device.type == device and q.dtype in (dtype, torch.bfloat16)  # FP8 products are bf16
-        if not planned:
+        if not planned or (not self._trains and wanted(q, k, v)):
             return self._elsewhere(q, k, v)
         return (self._attend if self.takes_codes(k.shape[1]) else self._beside)(q, k, v)
 

@@ -7,6 +7,7 @@ that asks a parameter for the compute dtype sees float8.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,7 +16,14 @@ import torch
 from torch import nn
 
 from wan_runtime import corrections
-from wan_runtime.backends import Multiply, added_multiplier, biased_multiplier, coded_multiplier, multiplier
+from wan_runtime.backends import (
+    Multiply,
+    _gradients,
+    added_multiplier,
+    biased_multiplier,
+    coded_multiplier,
+    multiplier,
+)
 from wan_runtime.errors import QuantisedWeight
 from wan_runtime.residents import AUTOCASTS, Move, keeping_dtype, served
 
@@ -162,12 +170,12 @@ class QuantLinear(nn.Linear):
         kind = input.device.type
         dtype = _result_dtype(input)
         rows = input.reshape(math.prod(input.shape[:-1]), self.in_features).to(dtype)
-        multiply = self._multiply if kind == self.planned_for else self._elsewhere
+        multiply, wanted = self._multiplier(kind, rows)
         bias: torch.Tensor | None = self.bias
         if self.corrected:
             rows, scaled = corrections.before(rows, slots, self._group)
             product = corrections.after(multiply(rows, slots, static if self.static else None), scaled, slots)
-        elif self._adds_bias(kind, dtype):
+        elif not wanted and self._adds_bias(kind, dtype):
             assert self._biased is not None and bias is not None
             product = self._biased(rows, slots, static if self.static else None, bias.to(torch.bfloat16))
             bias = None
@@ -179,6 +187,14 @@ class QuantLinear(nn.Linear):
             product = product.add_(bias)  # in place and in one pass: torch sums in fp32, then rounds
         output = product.to(dtype).reshape(*input.shape[:-1], self.out_features)
         return (output, None) if self.pair else output
+
+    def _multiplier(self, kind: str, rows: torch.Tensor) -> tuple[Multiply, bool]:
+        """What multiplies rows on a kind of device, and whether a gradient is to flow back into them."""
+        multiply = self._multiply if kind == self.planned_for else self._elsewhere
+        wanted = _gradients.wanted(rows)
+        if wanted and multiply is not self._elsewhere:  # which dequantises, and is differentiated by torch
+            multiply = functools.partial(_gradients.multiplied, multiply, self.format)
+        return multiply, wanted
 
     def _adds_bias(self, kind: str, dtype: torch.dtype) -> bool:
         """Whether the product itself adds the bias: it can, the bias is exactly bf16, and so is the answer."""

@@ -27,12 +27,14 @@ class Attention:
     fits    device -> why it has nothing to win or cannot run there, from the device's kind alone, or None.
     attend  the function; it imports what it needs when called.
     codes   the same on e4m3 codes: (q, k, v, and the scale [batch, heads] fp32 of each), or None where it takes none.
+    trains  whether a gradient flows through `attend`.
     """
 
     name: str
     fits: Callable[[torch.device], str | None]
     attend: Attend
     codes: Callable[..., torch.Tensor] | None = None
+    trains: bool = True
 
 
 @dataclass(frozen=True)

@@ -30,4 +30,4 @@ def attend_codes(
     return out
 
 
-ATTENTION = Attention(name="fp8", fits=fa3.fits, attend=attend, codes=attend_codes)
+ATTENTION = Attention(name="fp8", fits=fa3.fits, attend=attend, codes=attend_codes, trains=False)
