@@ -9,7 +9,9 @@ The subclasses are made on demand from the base class alone, so deepcopy and pic
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -169,7 +171,23 @@ def _subclass(kind: Any, base: Any) -> type[nn.Module]:
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
     }
-    return type(base.__name__, (_KINDS[kind] if isinstance(kind, str) else kind, base), fields)
+    made = type(base.__name__, (_KINDS[kind] if isinstance(kind, str) else kind, base), fields)
+    _introduce(made, base)
+    return made
+
+
+def _introduce(made: type[nn.Module], base: type[nn.Module]) -> None:
+    """Have diffusers' caches take a subclass for its base: what a block takes and gives they look up by its class."""
+    helpers = sys.modules.get("diffusers.hooks._helpers")  # there once a model of diffusers is
+    registry: Any = getattr(helpers, "TransformerBlockRegistry", None)
+    if registry is None or not base.__module__.startswith("diffusers."):
+        return
+    try:
+        known = dataclasses.replace(registry.get(base))
+    except ValueError:  # they serve no such block
+        return
+    registry.register(made, known)
+    known._cls = base  # whose forward names its arguments
 
 
 def _rebuild(kind: Any, base: Any) -> nn.Module:
