@@ -168,8 +168,14 @@ def unfusable(block: Any) -> str | None:
             return f"its attention processor is {type(attention.processor).__name__}"
         if attention.processor.elsewhere or getattr(attention, "fused_projections", False):
             return "its attention is set up by the host"
-    parts = (block.norm1, block.norm2, block.norm3, block.attn1, block.attn2, block.ffn, *_norms(block))
-    return obstacle(block, device, kernels, parts)
+    return obstacle(block, device, kernels, (*_uncalled(block), *_norms(block)))
+
+
+def _uncalled(block: Any) -> tuple[nn.Module, ...]:
+    """What the kernels stand for or pass by: all but a block's Linears and its attentions' norms."""
+    one, two, ffn = block.attn1, block.attn2, block.ffn
+    dropouts = (one.to_out[1], two.to_out[1], ffn.net[1])
+    return block.norm1, block.norm2, block.norm3, one, two, ffn, ffn.net[0], *dropouts
 
 
 def _norms(block: Any) -> list[nn.Module]:

@@ -270,6 +270,19 @@ def test_what_something_else_holds_takes_the_hosts_forward(obstacle: Any, spy: S
     assert spy.count == TINY.layers - 1
 
 
+@pytest.mark.parametrize(
+    "part", ["ffn.net.0", "ffn.net.1", "attn1.to_out.1", "attn2.to_out.1", "attn2.norm_q", "norm3"]
+)
+def test_a_hook_on_what_the_kernels_stand_for_is_called(part: str, spy: Spy) -> None:
+    model = patched()
+    twin = fused(model)
+    called = Mock(return_value=None)
+    twin.blocks[0].get_submodule(part).register_forward_hook(called)
+    assert error(run(twin), run(model)) < EXACT
+    called.assert_called_once()
+    assert spy.count == TINY.layers - 1
+
+
 def test_training_after_inference_at_the_same_size() -> None:
     from peft import LoraConfig
 
