@@ -1,10 +1,17 @@
-"""norm_rope's tables from the complex rotations of hosts under the original names, made once a clip's size."""
+"""norm_rope's tables from the complex rotations of hosts under the original names, and diffusers' tables, made once a
+clip's size."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+
+from ._snapshot import Snapshot
+
+Tables = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
 
 KEPT = 4  # sizes; a table is head * tokens * 4 bytes, 39 MB for 14B at 720p
 
@@ -65,6 +72,31 @@ class Rotations:
         if self.freqs is not freqs:
             self.freqs, self.tables = freqs, {(0, 0, 0): table_of(freqs[:, 0])}
         return self.tables[(0, 0, 0)]
+
+
+class SizeTables:
+    """What diffusers' rotary embedding gave last: of a clip's size and device, and with which buffers. A copy or a
+    pickle of it starts empty."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[tuple[Any, ...], Snapshot, Tables] | None = None
+
+    def __reduce__(self) -> tuple[type[SizeTables], tuple[()]]:
+        return type(self), ()
+
+    def tables(
+        self, of: tuple[Any, ...], buffers: Sequence[torch.Tensor], make: Callable[[], Tables]
+    ) -> Tables:
+        """What `make` gives, remembered until a size, a device or a buffer is another or is written."""
+        kept = self.kept
+        if kept is None or kept[0] != of or not kept[1].matches(buffers) or _unsavable(kept[2][0]):
+            kept = self.kept = (of, Snapshot(buffers), make())
+        return kept[2]
+
+
+def _unsavable(table: torch.Tensor) -> bool:
+    """Whether a table was made in inference mode and is wanted outside of it, where autograd may have to save it."""
+    return table.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _grid(seq_lens: torch.Tensor, grid_sizes: torch.Tensor) -> tuple[int, int, int] | str:

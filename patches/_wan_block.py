@@ -19,7 +19,9 @@ from . import Blocks, _carrying, _fused, _patch_embedding, _text
 from ._attention_processor import TEXT_TOKENS, Processor, install, uninstall
 from ._called import KEY, leaf
 from ._context import keys_values
+from ._rotary import SizeTables
 from ._shared import Shared, announce
+from ._snapshot import held, tracked
 from ._unfusable import notes, obstacle, traced
 
 CLASSES = ("WanTransformerBlock", "WanVACETransformerBlock")
@@ -89,22 +91,16 @@ class FusedRotary(OwnDtype):
     """The rotary embedding: its tables depend on the clip's size alone, so they are made once a size."""
 
     def forward(self, hidden_states: torch.Tensor) -> Any:
-        sizes, device = hidden_states.shape[2:], hidden_states.device
-        kept = self.__dict__.get(MEMO)
-        if kept is None or kept[0] != (sizes, device) or _unsavable(kept[1][0]):
-            kept = self.__dict__[MEMO] = ((sizes, device), super().forward(hidden_states))
-        return kept[1]
+        forward, buffers = super().forward, held(self)
+        if torch.compiler.is_compiling() or not tracked(buffers):
+            return forward(hidden_states)
+        kept: SizeTables = self.__dict__[MEMO]
+        of = (*hidden_states.shape[2:], hidden_states.device)
+        return kept.tables(of, buffers, lambda: forward(hidden_states))
 
     def _apply(self, fn: Move, recurse: bool = True) -> Any:
-        self.__dict__.pop(MEMO, None)
+        self.__dict__[MEMO] = SizeTables()
         return super()._apply(fn, recurse)
-
-
-def _unsavable(table: torch.Tensor) -> bool:
-    """Whether a table was made in inference mode and is wanted outside of it, where autograd may have to save it."""
-    return (
-        not torch.compiler.is_compiling() and table.is_inference() and not torch.is_inference_mode_enabled()
-    )
 
 
 def fuse(model: nn.Module, kernels: str = "TRITON") -> list[str]:
@@ -124,8 +120,8 @@ def fuse(model: nn.Module, kernels: str = "TRITON") -> list[str]:
         part = getattr(model, name, None)
         if isinstance(part, nn.Module):
             become(part, kind)
+            part.__dict__[MEMO] = (shared,) if kind is FusedEmbedder else SizeTables()
             if kind is FusedEmbedder:
-                part.__dict__[MEMO] = (shared,)
                 _text.fuse(part.get_submodule("text_embedder"))
     _patch_embedding.fuse(model)
     return notes([block for _, block in blocks], unfusable, _linears)

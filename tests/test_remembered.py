@@ -128,6 +128,40 @@ def test_weights_whose_writes_torch_does_not_count_are_read_each_time() -> None:
         assert error(run(twin), before) > 1e-4
 
 
+def _write_rotations(rope: nn.Module) -> None:
+    rope.get_buffer("freqs_cos").mul_(0.5)
+
+
+def _replace_rotations(rope: Any) -> None:
+    rope.freqs_cos = rope.freqs_cos * 0.5
+
+
+@pytest.mark.parametrize("write", [_write_rotations, _replace_rotations])
+@torch.no_grad()
+def test_rotary_tables_are_those_of_the_rotations_there_now(write: Callable[[Any], None]) -> None:
+    """As extrapolation to longer clips changes them."""
+    model = patched()
+    twin = fused(model)
+    before = run(twin)
+    for each in (model, twin):
+        write(each.rope)
+    assert error(run(twin), run(model)) < 2e-5 < error(run(twin), before)
+    kept = twin.rope(inputs()["hidden_states"])[0]
+    assert twin.rope(inputs()["hidden_states"])[0] is kept
+
+
+@torch.no_grad()
+def test_rotations_whose_writes_torch_does_not_count_are_read_each_time() -> None:
+    model = patched()
+    twin = fused(model)
+    with torch.inference_mode():
+        for each in (model, twin):
+            each.rope.freqs_cos = each.rope.freqs_cos.clone()
+            run(each)
+            each.rope.freqs_cos.mul_(0.5)
+        assert error(run(twin), run(model)) < 2e-5
+
+
 def test_nothing_that_is_kept_keeps_offloaded_weights_alive() -> None:
     twin = coded(fused(patched()))
     run(twin)
