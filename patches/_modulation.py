@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._shared import Shared
+from ._shared import Expanded, Shared
 
 Rows = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -43,10 +43,10 @@ def rows_of(own: torch.Tensor, steps: torch.Tensor, batch: int, tokens: int, sha
         rows = steps.expand(batch, -1, -1, -1).flatten(0, 1)
         return own + rows.float(), torch.arange(len(rows), dtype=torch.int32, device=steps.device)
     known = shared.steps
-    if known is None or known[0].data_ptr() != steps.data_ptr():
+    if known is None or not known.is_of(steps):
         at, index = distinct(steps.flatten(0, 1))
-        known = shared.steps = (steps, steps.flatten(0, 1)[at], index)
-    _, rows, index = known
+        known = shared.steps = Expanded(steps, steps.flatten(0, 1)[at], index)
+    rows, index = known.rows, known.index
     if len(rows) == 1:
         return own + shared.in_fp32(rows), None
     return own + shared.in_fp32(rows), index if len(index) == batch * tokens else index.repeat(batch)

@@ -22,7 +22,7 @@ from ._modulation import distinct
 from ._original_attention import TEXT_TOKENS, attending_of, has_image, install, installed, uninstall
 from ._original_shape import host_class, unlike
 from ._rotary import Rotations
-from ._shared import Shared, announce
+from ._shared import Expanded, Shared, announce
 from ._unfusable import notes, obstacle, traced
 
 MEMO = "_wan_runtime_fused"  # of a fused block: a Memo
@@ -120,7 +120,7 @@ class FusedTime(OwnDtype):
         made = super().forward(rows[at])
         expanded = made.expand(len(rows), -1) if len(at) == 1 else made[index]
         if last:
-            shared.steps = (expanded, made.unflatten(1, (6, -1)), index)
+            shared.steps = Expanded(expanded, made.unflatten(1, (6, -1)), index)
         return expanded.unflatten(0, x.shape[:2])
 
 

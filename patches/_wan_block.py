@@ -20,7 +20,7 @@ from ._attention_processor import TEXT_TOKENS, Processor, install, uninstall
 from ._called import KEY, leaf
 from ._context import keys_values
 from ._rotary import SizeTables
-from ._shared import Shared, announce
+from ._shared import Expanded, Shared, announce
 from ._snapshot import held, tracked
 from ._unfusable import notes, obstacle, traced
 
@@ -82,7 +82,7 @@ class FusedEmbedder(OwnDtype):
         distinct, index = torch.unique(timestep, return_inverse=True)
         temb, steps, text, image = super().forward(distinct, text, image, **kwargs)
         expanded = steps.expand(index.numel(), -1) if len(distinct) == 1 else steps[index]
-        shared.steps = (expanded, steps.unflatten(1, (6, -1)), index.to(torch.int32))
+        shared.steps = Expanded(expanded, steps.unflatten(1, (6, -1)), index.to(torch.int32))
         shape = (-1, timestep_seq_len)
         return temb[index].unflatten(0, shape), expanded.unflatten(0, shape), text, image
 

@@ -104,10 +104,10 @@ def test_a_timestep_a_token(count: int, spy: Spy) -> None:
     timestep = (torch.arange(TOKENS) % count * 70.0 + 3)[None]
     assert error(run(twin, timestep=timestep), run(model, timestep=timestep)) < EXACT
     shared = twin.blocks[0].__dict__[_original_block.MEMO].shared
-    assert shared.steps[1].shape[0] == count  # what is embedded and what modulates, not a row a token
+    assert shared.steps.rows.shape[0] == count  # what is embedded and what modulates, not a row a token
     both = torch.cat((timestep, timestep.flip(1)))
     assert error(run(twin, 2, timestep=both), run(model, 2, timestep=both)) < EXACT
-    assert shared.steps[1].shape[0] == count
+    assert shared.steps.rows.shape[0] == count
     assert spy.count == 2 * TINY.layers
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-runtime[dev]')")
 
 from accelerate import cpu_offload
 
+from tests.builders.wan import TINY
 from tests.hosts.diffusers import error, inputs
 from tests.test_fp8_attention import TWO_BLOCKS, in_diffusers
 from tests.test_fused_block import coded, fused, patched, run
@@ -170,6 +172,40 @@ def test_nothing_that_is_kept_keeps_offloaded_weights_alive() -> None:
     cpu_offload(twin, execution_device=torch.device("cpu"))
     gc.collect()
     assert payload() is None and embedder() is None
+
+
+TOKENS = 3 * 4 * 4
+TWO_TIMESTEPS = (torch.arange(TOKENS) < 16)[None] * 500.0
+
+
+@torch.no_grad()
+def test_nothing_keeps_a_modulation_a_token_after_a_forward() -> None:
+    """It is 1 GB of TI2V-5B at 720p."""
+    twin = fused(patched())
+    made = []
+    twin.condition_embedder.register_forward_hook(
+        lambda module, args, result: made.append(StorageWeakRef(result[1].untyped_storage()))
+    )
+    run(twin, timestep=TWO_TIMESTEPS)
+    gc.collect()
+    assert len(made) == 1 and made[0].expired()
+    assert shared_of(twin).steps.rows.shape[0] == 2
+
+
+@torch.no_grad()
+def test_a_part_of_a_modulation_is_not_taken_for_the_whole() -> None:
+    """As a block is given it that serves the clips of a batch one by one."""
+    model = patched()
+    twin = fused(model)
+    _, steps, context, _ = twin.condition_embedder(
+        torch.cat((TWO_TIMESTEPS, TWO_TIMESTEPS.flip(1))).flatten(), torch.randn(2, 16, 32), None, TOKENS
+    )
+    rotary = twin.rope(inputs()["hidden_states"])
+    x = torch.randn(2, TOKENS, TINY.dim)
+    steps = steps.unflatten(2, (6, -1))
+    for clip in (slice(0, 1), slice(1, 2), slice(0, 2)):
+        arguments = x[clip], context[clip], steps[clip], rotary
+        assert error(twin.blocks[0](*arguments), model.blocks[0](*arguments)) < 2e-5
 
 
 def test_a_snapshot_of_no_tensor_and_of_others() -> None:
