@@ -204,6 +204,28 @@ def test_no_layer_is_waited_for_while_a_model_is_patched(
     assert asked.count == 1
 
 
+BIASES: dict[str, Callable[[QuantLinear, torch.Tensor], Any]] = {
+    "in place": lambda layer, bias: layer.get_parameter("bias").copy_(bias),
+    "a new parameter": lambda layer, bias: setattr(layer, "bias", nn.Parameter(bias, requires_grad=False)),
+    "a state dict": lambda layer, bias: layer.load_state_dict({**layer.state_dict(), "bias": bias}),
+}
+
+
+@pytest.mark.parametrize("write", BIASES)
+@torch.no_grad()
+def test_a_bias_that_is_written_later_is_rounded_no_more_than_before(write: str) -> None:
+    model = transformer()
+    model.blocks[0].attn1.to_q.bias.fill_(0.5)
+    wan_runtime.patch(model)
+    layer = model.get_submodule("blocks.0.attn1.to_q")
+    layer._biased = layer._multiply
+    assert layer._adds_bias("cpu", torch.bfloat16)
+    BIASES[write](layer, torch.full_like(layer.bias, 0.1))
+    assert not layer._adds_bias("cpu", torch.bfloat16)
+    BIASES[write](layer, torch.full_like(layer.bias, 0.5))
+    assert layer._adds_bias("cpu", torch.bfloat16)
+
+
 def test_biases_are_settled_together_and_a_layer_alone_asks_for_itself() -> None:
     model = transformer()
     linear = model.get_submodule("blocks.0.attn1.to_q")

@@ -105,6 +105,7 @@ class QuantLinear(nn.Linear):
         fp32 = None if bias is None else nn.Parameter(bias.to(torch.float32), requires_grad=False)
         self.register_parameter("bias", fp32)
         self._short_bias: bool | None = None  # not asked yet: see `settle_biases`
+        self._bias_writes = 0  # that torch had counted when it was asked
         _, around = corrections.split(format, slots)
         self.corrected = bool(
             around
@@ -144,6 +145,8 @@ class QuantLinear(nn.Linear):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight":  # nn.Module.__setattr__ comes here before any property
             raise QuantisedWeight("weight = ...")
+        if name == "bias":
+            self._short_bias = None
         super().register_parameter(name, param)
 
     def _load_from_state_dict(
@@ -200,9 +203,10 @@ class QuantLinear(nn.Linear):
         """Whether the product itself adds the bias: it can, the bias is exactly bf16, and so is the answer."""
         if self._biased is None or kind != self.planned_for or dtype != torch.bfloat16:
             return False
-        if (
-            self._short_bias is None and not torch.compiler.is_compiling()
-        ):  # its graph must not hang on a value
+        # A compiled graph must not hang on a value.
+        if not torch.compiler.is_compiling() and (
+            self._short_bias is None or self._bias_writes != _writes(self.bias)
+        ):
             settle_biases([self])
         return bool(self._short_bias)
 
@@ -235,7 +239,7 @@ def settle_biases(layers: Iterable[QuantLinear]) -> None:
     exact: list[torch.Tensor] = []
     for layer in layers:
         bias: torch.Tensor | None = layer.bias
-        layer._short_bias = False
+        layer._short_bias, layer._bias_writes = False, _writes(bias)
         if bias is not None and not bias.is_meta:
             asked.append(layer)
             exact.append((bias == bias.to(torch.bfloat16).float()).all())
@@ -243,6 +247,11 @@ def settle_biases(layers: Iterable[QuantLinear]) -> None:
         here = [n for n, answer in enumerate(exact) if answer.device == device]
         for number, short in zip(here, torch.stack([exact[n] for n in here]).tolist(), strict=True):
             asked[number]._short_bias = short
+
+
+def _writes(tensor: torch.Tensor | None) -> int:
+    """How often torch has seen a tensor written; it does not count for those made in inference mode."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _result_dtype(input: torch.Tensor) -> torch.dtype:
