@@ -13,7 +13,7 @@ from torch import nn
 
 import wan_runtime
 from tests.hosts.diffusers import error, latents, pipeline, run, transformer
-from wan_runtime.errors import QuantisedWeight
+from wan_runtime.errors import InvalidOption, QuantisedWeight
 from wan_runtime.linear import QuantLinear
 
 RANK = 4
@@ -155,6 +155,19 @@ def test_a_file_loads_into_a_model_that_has_a_lora(file: Path, tmp_path: Path) -
     wan_runtime.patch(model, checkpoint(tmp_path / "model.safetensors"), weights="keep")
     model.to(torch.float32)
     assert error(run(model), run(merged(transformer(), deltas))) < 1e-2
+
+
+@pytest.mark.parametrize("weights", ["fp8", "keep"])
+def test_merging_the_projections_is_refused_before_any_is(weights: str) -> None:
+    model: Any = transformer(torch.bfloat16)
+    wan_runtime.patch(model, weights=weights)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(InvalidOption, match="unquantised copy"):
+        model.fuse_qkv_projections()
+    assert [name for name, _ in model.named_modules()] == names
+    wan_runtime.unpatch(model)
+    model.fuse_qkv_projections()
+    assert run(model, torch.bfloat16).isfinite().all()
 
 
 @pytest.mark.parametrize("safe", [True, False])

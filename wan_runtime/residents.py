@@ -133,6 +133,13 @@ class _Model(OwnDtype):
         """Refused before any layer is touched: the first quantised layer would refuse the merge half-way."""
         raise QuantisedWeight("fuse_lora")
 
+    def fuse_qkv_projections(self) -> None:
+        """Refused: the merged layers would hold bf16 weights and fp32 biases, and fail in the next forward."""
+        raise InvalidOption(
+            "a patched model keeps its q, k and v apart: fuse_qkv_projections would make an unquantised copy of them. "
+            "Leave it out, as fused blocks quantise the input of all three once, or call it before wan_runtime.patch."
+        )
+
 
 # A name of _KINDS, or a subclass of OwnDtype that a host defines at the top of a module, so that a pickle can find it.
 Kind = str | type[OwnDtype]
