@@ -22,7 +22,7 @@ def keys_values(
 
     def make() -> list[_fused.KeysValues]:
         text = _fused.keys_and_values(part.k, part.v, part.norm_k, part.heads, context[:, image:], kernels)
-        if part.image is None:
+        if part.image is None or not image:  # without keys attention gives zeros
             return [text]
         k, v, norm_k = part.image
         return [text, _fused.keys_and_values(k, v, norm_k, part.heads, context[:, :image], kernels)]

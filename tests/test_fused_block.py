@@ -138,6 +138,14 @@ def test_image_context(spy: Spy) -> None:
     assert spy.count == IMAGE.layers
 
 
+def test_an_image_model_without_an_image() -> None:
+    model = patched(IMAGE)
+    text = torch.randn(1, 512, TINY.text, generator=torch.Generator().manual_seed(4))
+    assert (
+        error(run(fused(model), encoder_hidden_states=text), run(model, encoder_hidden_states=text)) < EXACT
+    )
+
+
 def test_vace(spy: Spy) -> None:
     torch.manual_seed(0)
     model = WanVACETransformer3DModel(
