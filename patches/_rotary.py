@@ -38,6 +38,7 @@ class Rotations:
     def __init__(self) -> None:
         self.tables: dict[tuple[int, int, int], torch.Tensor] = {}
         self.freqs: torch.Tensor | None = None
+        self.writes = 0  # into freqs, that torch had counted
         self.given: tuple[torch.Tensor, torch.Tensor, tuple[int, int, int] | str] | None = None
 
     def __reduce__(self) -> tuple[type[Rotations], tuple[()]]:
@@ -57,8 +58,8 @@ class Rotations:
             return grid
         if math.prod(grid) != tokens:
             return f"{tokens - math.prod(grid)} of {tokens} tokens are padding"
-        if self.freqs is not freqs:
-            self.freqs, self.tables = freqs, {}
+        if self.freqs is not freqs or self.writes != _writes(freqs):
+            self.freqs, self.writes, self.tables = freqs, _writes(freqs), {}
         if grid not in self.tables:
             while len(self.tables) >= KEPT:
                 del self.tables[next(iter(self.tables))]
@@ -72,6 +73,11 @@ class Rotations:
         if self.freqs is not freqs:
             self.freqs, self.tables = freqs, {(0, 0, 0): table_of(freqs[:, 0])}
         return self.tables[(0, 0, 0)]
+
+
+def _writes(freqs: torch.Tensor) -> int:
+    """How often torch has seen rotations written; it does not count for those made in inference mode."""
+    return 0 if freqs.is_inference() else freqs._version
 
 
 class SizeTables:

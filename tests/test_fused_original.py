@@ -129,6 +129,17 @@ def test_image_context(spy: Spy) -> None:
     assert error(run(model, **given | {"image": image.square()}), expected) > 1e-4  # the image counts
 
 
+def test_rotations_that_are_written_in_place(spy: Spy) -> None:
+    """As extrapolation to longer clips writes them."""
+    model = patched()
+    twin = fused(model)
+    before = run(twin)
+    for each in (model, twin):
+        each.freqs[:, :8] = each.freqs[:, :8].conj()
+    assert error(run(twin), run(model)) < EXACT < error(run(twin), before)
+    assert spy.count
+
+
 def test_two_sizes_and_a_table_for_each(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[int, int, int]] = []
     of_grid = _rotary.of_grid
