@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from wan_runtime.writes import writes
+
 from ._snapshot import Snapshot
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
@@ -58,8 +60,8 @@ class Rotations:
             return grid
         if math.prod(grid) != tokens:
             return f"{tokens - math.prod(grid)} of {tokens} tokens are padding"
-        if self.freqs is not freqs or self.writes != _writes(freqs):
-            self.freqs, self.writes, self.tables = freqs, _writes(freqs), {}
+        if self.freqs is not freqs or self.writes != writes(freqs):
+            self.freqs, self.writes, self.tables = freqs, writes(freqs), {}
         if grid not in self.tables:
             while len(self.tables) >= KEPT:
                 del self.tables[next(iter(self.tables))]
@@ -73,11 +75,6 @@ class Rotations:
         if self.freqs is not freqs:
             self.freqs, self.tables = freqs, {(0, 0, 0): table_of(freqs[:, 0])}
         return self.tables[(0, 0, 0)]
-
-
-def _writes(freqs: torch.Tensor) -> int:
-    """How often torch has seen rotations written; it does not count for those made in inference mode."""
-    return 0 if freqs.is_inference() else freqs._version
 
 
 class SizeTables:

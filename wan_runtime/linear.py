@@ -26,6 +26,7 @@ from wan_runtime.backends import (
 )
 from wan_runtime.errors import QuantisedWeight
 from wan_runtime.residents import AUTOCASTS, Move, keeping_dtype, served
+from wan_runtime.writes import writes
 
 
 class WeightCopy(torch.Tensor):
@@ -205,7 +206,7 @@ class QuantLinear(nn.Linear):
             return False
         # A compiled graph must not hang on a value.
         if not torch.compiler.is_compiling() and (
-            self._short_bias is None or self._bias_writes != _writes(self.bias)
+            self._short_bias is None or self._bias_writes != writes(self.bias)
         ):
             settle_biases([self])
         return bool(self._short_bias)
@@ -239,7 +240,7 @@ def settle_biases(layers: Iterable[QuantLinear]) -> None:
     exact: list[torch.Tensor] = []
     for layer in layers:
         bias: torch.Tensor | None = layer.bias
-        layer._short_bias, layer._bias_writes = False, _writes(bias)
+        layer._short_bias, layer._bias_writes = False, writes(bias)
         if bias is not None and not bias.is_meta:
             asked.append(layer)
             exact.append((bias == bias.to(torch.bfloat16).float()).all())
@@ -247,11 +248,6 @@ def settle_biases(layers: Iterable[QuantLinear]) -> None:
         here = [n for n, answer in enumerate(exact) if answer.device == device]
         for number, short in zip(here, torch.stack([exact[n] for n in here]).tolist(), strict=True):
             asked[number]._short_bias = short
-
-
-def _writes(tensor: torch.Tensor | None) -> int:
-    """How often torch has seen a tensor written; it does not count for those made in inference mode."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _result_dtype(input: torch.Tensor) -> torch.dtype:
