@@ -148,6 +148,14 @@ def _peer(made: Any, who: str, what: list[str]) -> None:
         made.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
 
 
+def held_bytes(tensor: Any) -> int:
+    """Bytes of a tensor; of one that stands for others (torchao's quantised weights), theirs."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    return (
+        tensor.nbytes if flatten is None else sum(held_bytes(getattr(tensor, name)) for name in flatten()[0])
+    )
+
+
 def timed(made: Any, arguments: dict[str, Any], runs: int) -> tuple[dict[str, Any], torch.Tensor]:
     """First call, then the median of `runs` after one more, with the spread between the extremes; the GPU's clock and
     power meanwhile."""
@@ -226,7 +234,7 @@ def main() -> None:
     attention = prepare(made, given.config)
     row: dict[str, Any] = {"model": given.model, "config": given.config, "attention": attention}
     row["prepare_s"] = round(time.perf_counter() - began, 2)
-    row["weights_gib"] = round(sum(p.nbytes for p in made.parameters()) / 2**30, 3)
+    row["weights_gib"] = round(sum(map(held_bytes, made.parameters())) / 2**30, 3)
     figures, result = timed(made, arguments, given.runs)
     row |= figures
     if given.truth is not None:
