@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from wan_runtime.attention import ATTENTIONS, Ends
-from wan_runtime.backends._gradients import wanted
+from wan_runtime.autograd import gradient_wanted
 
 from . import _fused
 from ._shared import Folded, Shared
@@ -45,7 +45,7 @@ class Attending:
         """q, k, v [batch, tokens, heads, head] -> [batch, tokens, heads, head]."""
         device, dtype = self.planned_for
         planned = q.device.type == device and q.dtype in (dtype, torch.bfloat16)  # FP8 products are bf16
-        if not planned or (not self._trains and wanted(q, k, v)):
+        if not planned or (not self._trains and gradient_wanted((q, k, v))):
             return self._elsewhere(q, k, v)
         return (self._attend if self.takes_codes(k.shape[1]) else self._beside)(q, k, v)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from wan_runtime.writes import writes
+from wan_runtime.autograd import writes
 
 from ._snapshot import Snapshot
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from wan_runtime.autograd import gradient_wanted
+
 from ._hooks import hooked
 
 
@@ -16,7 +18,7 @@ def obstacle(block: nn.Module, device: torch.device, kernels: str, parts: Iterab
     """Why a block on a device must take the host's forward, in words, or None; `parts` are those it would not call."""
     if kernels == "TRITON" and device.type != "cuda":
         return f"the fused kernels need a GPU and the block is on {device.type}"
-    if torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters()):
+    if gradient_wanted(block.parameters()):
         return "gradients are on"
     for part in parts:
         hook = hooked(part)
@@ -27,7 +29,7 @@ def obstacle(block: nn.Module, device: torch.device, kernels: str, parts: Iterab
 
 def traced(arguments: Iterable[Any]) -> str | None:
     """Why a call with these arguments must take the host's forward: a gradient is to flow through it."""
-    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
+    if gradient_wanted(a for a in arguments if isinstance(a, torch.Tensor)):
         return "gradients are on"
     return None
 

@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-
 import wan_runtime
 from tests.builders.wan import TINY, Sizes
 from tests.hosts.diffusers import error, inputs, transformer
+from tests.hosts.training import add_lora, gradients, joined
 from wan_runtime.attention import ATTENTIONS
 from wan_runtime.errors import BackendUnavailable, InvalidOption
 from wan_runtime.kernels import ops
@@ -292,20 +293,15 @@ def test_a_hook_on_what_the_kernels_stand_for_is_called(part: str, spy: Spy) -> 
 
 
 def test_training_after_inference_at_the_same_size() -> None:
-    from peft import LoraConfig
-
     model = patched()
     twin = fused(model)
-    gradients = []
+    found = []
     for each in (model, twin):
-        each.requires_grad_(False)
-        torch.manual_seed(1)
-        each.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        add_lora(each, ["to_q"])
         with torch.inference_mode():
             each(**inputs())
-        each(**inputs())[0].sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]))
-    assert error(gradients[1], gradients[0]) < EXACT
+        found.append(joined(gradients(each, inputs())))
+    assert error(found[1], found[0]) < EXACT
 
 
 def test_gradients_flow_through_the_hosts_forward(spy: Spy) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-runtime[dev]')")
 
-from peft import LoraConfig
-
 from tests.hosts.diffusers import error, inputs
+from tests.hosts.training import add_lora, gradients, joined
 from tests.test_fused_block import coded, patched
 from wan_runtime.attention import ATTENTIONS
 from wan_runtime.kernels import quantize_rows
@@ -27,21 +25,13 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize_rows, "quantize_rows", twin)
 
 
-def of_adapters(model: Any) -> torch.Tensor:
-    """The gradients of a LoRA's weights, in one row."""
-    model.requires_grad_(False)
-    torch.manual_seed(1)
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "net.2"], init_lora_weights=False))
-    model(**inputs())[0].square().sum().backward()
-    found = [p.grad for p in model.parameters() if p.requires_grad]
-    assert found and all(gradient is not None for gradient in found)
-    return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
-
-
 def test_gradients_flow_through_products_of_codes() -> None:
     model = patched()
-    twin = coded(copy.deepcopy(model))
-    assert error(of_adapters(twin), of_adapters(model)) < 0.06
+    found = []
+    for each in (model, coded(copy.deepcopy(model))):
+        add_lora(each, ("to_q", "net.2"))
+        found.append(joined(gradients(each, inputs())))
+    assert error(found[1], found[0]) < 0.06
 
 
 @pytest.mark.parametrize("bias", [0.5, 0.1])
@@ -50,7 +40,7 @@ def test_a_layer_s_gradient_is_that_of_its_dequantised_weight(bias: float) -> No
     assert layer.bias is not None
     layer.bias.fill_(bias)  # 0.5 is a bf16 number, which a product adds itself
     layer._short_bias = None
-    for dtype, most in ((torch.float32, 1e-2), (torch.bfloat16, 1e-2)):
+    for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
         x.requires_grad_()
         result = layer(x)
@@ -59,7 +49,17 @@ def test_a_layer_s_gradient_is_that_of_its_dequantised_weight(bias: float) -> No
         upstream = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         result.backward(upstream)
         assert x.grad is not None and x.grad.dtype == dtype
-        assert error(x.grad, upstream.double() @ layer.weight.double()) < most
+        assert error(x.grad, upstream.double() @ layer.weight.double()) < 1e-2
+
+
+# torch's compiler makes an instance of the function itself.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_layer_has_the_same_gradient() -> None:
+    layer = next(m for m in coded(patched()).modules() if isinstance(m, QuantLinear))
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    expected = torch.autograd.grad(layer(x).square().sum(), x)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), x), expected)
 
 
 @pytest.mark.parametrize("name", ["fa3", "fp8"])

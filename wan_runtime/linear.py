@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from wan_runtime import corrections
+from wan_runtime.autograd import gradient_wanted, writes
 from wan_runtime.backends import (
     Multiply,
     _gradients,
@@ -25,8 +26,8 @@ from wan_runtime.backends import (
     multiplier,
 )
 from wan_runtime.errors import QuantisedWeight
+from wan_runtime.formats import FORMATS
 from wan_runtime.residents import AUTOCASTS, Move, keeping_dtype, served
-from wan_runtime.writes import writes
 
 
 class WeightCopy(torch.Tensor):
@@ -125,6 +126,7 @@ class QuantLinear(nn.Linear):
         self.coded = coded_multiplier(self.backend, self.format, self.compute)
         self.added = added_multiplier(self.backend, self.format, self.compute)
         self._biased = biased_multiplier(self.backend, self.format, self.compute)
+        self._dequantize = FORMATS[self.format].dequantize
         anywhere = self.compute in ("bf16", "fp32")
         self._elsewhere: Multiply = self._multiply if anywhere else multiplier("torch", self.format, "bf16")
 
@@ -195,9 +197,9 @@ class QuantLinear(nn.Linear):
     def _multiplier(self, kind: str, rows: torch.Tensor) -> tuple[Multiply, bool]:
         """What multiplies rows on a kind of device, and whether a gradient is to flow back into them."""
         multiply = self._multiply if kind == self.planned_for else self._elsewhere
-        wanted = _gradients.wanted(rows)
+        wanted = gradient_wanted((rows,))
         if wanted and multiply is not self._elsewhere:  # which dequantises, and is differentiated by torch
-            multiply = functools.partial(_gradients.multiplied, multiply, self.format)
+            multiply = functools.partial(_gradients.multiplied, multiply, self._dequantize)
         return multiply, wanted
 
     def _adds_bias(self, kind: str, dtype: torch.dtype) -> bool:
@@ -219,7 +221,7 @@ class QuantLinear(nn.Linear):
         return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        bound = ("_multiply", "_elsewhere", "_biased", "added", "coded")
+        bound = ("_multiply", "_elsewhere", "_biased", "_dequantize", "added", "coded")
         return {name: value for name, value in self.__dict__.items() if name not in bound}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

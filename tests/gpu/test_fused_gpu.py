@@ -28,13 +28,15 @@ def model(sizes: Sizes = SIZES, **options: Any) -> Any:
     return made
 
 
+def on_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments, its tensors on the GPU."""
+    return {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
+
+
 @torch.no_grad()
 def run(made: Any, **changes: Any) -> torch.Tensor:
     arguments = {**inputs(BF16, batch=changes.pop("batch", 1)), **changes}
-    moved = {
-        name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
-    }
-    result: torch.Tensor = made(**moved)[0]
+    result: torch.Tensor = made(**on_gpu(arguments))[0]
     return result
 
 
@@ -67,8 +69,7 @@ def test_the_choice_names_what_runs() -> None:
 def test_fused_is_as_near_to_fp32_as_unfused(weights: str, batch: int) -> None:
     plain = transformer(torch.float32, sizes=SIZES).to("cuda")
     with torch.no_grad():
-        arguments = inputs(torch.float32, batch=batch)
-        truth = plain(**{n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()})[0]
+        truth = plain(**on_gpu(inputs(torch.float32, batch=batch)))[0]
     unfused = error(run(model(weights=weights, fuse=False), batch=batch), truth)
     fused = error(run(model(weights=weights), batch=batch), truth)
     assert fused < 1.1 * unfused + 1e-3
