@@ -39,7 +39,10 @@ def notes(
 ) -> list[str]:
     """What a user reads of blocks that were just fused: those that cannot be yet, and leaves that are called."""
     whys = Counter(reason for block in blocks if (reason := why(block)) is not None)
-    said = [f"{count} blocks run the host's own forward: {why}." for why, count in sorted(whys.items())]
+    said = [
+        f"{count} of {len(blocks)} blocks run the host's own forward: {why}."
+        for why, count in sorted(whys.items())
+    ]
     held = sum(_held(leaf) for block in blocks for leaf in leaves(block))
     if held:
         said.append(

@@ -19,12 +19,12 @@ from . import Blocks, _carrying, _fused, _patch_embedding, _text
 from ._attention_processor import TEXT_TOKENS, Processor, install, uninstall
 from ._called import KEY, leaf
 from ._context import keys_values
+from ._diffusers_shape import is_block, norms, unlike
 from ._rotary import SizeTables
 from ._shared import Expanded, Shared, announce
 from ._snapshot import held, tracked
 from ._unfusable import notes, obstacle, traced
 
-CLASSES = ("WanTransformerBlock", "WanVACETransformerBlock")
 MEMO = (
     "_wan_runtime_fused"  # of a fused block: (what the model's blocks share, the block's number, its kernels)
 )
@@ -108,11 +108,13 @@ def fuse(model: nn.Module, kernels: str = "TRITON") -> list[str]:
 
     `kernels` names a member of wan_runtime.kernels.fused. Raises InvalidOption where the model has no block to fuse.
     """
-    blocks = [(path, module) for path, module in model.named_modules() if _is_block(module)]
+    blocks = [(path, module) for path, module in model.named_modules() if is_block(module)]
     if not blocks:
         raise InvalidOption("the model has no WAN block to fuse.")
     shared = Shared()
     for at, (_, block) in enumerate(blocks):
+        if unlike(block) is not None:
+            continue
         become(block, FusedBlock)
         block.__dict__[MEMO] = (shared, at, kernels)
         announce(block, shared, at)
@@ -124,7 +126,7 @@ def fuse(model: nn.Module, kernels: str = "TRITON") -> list[str]:
             if kind is FusedEmbedder:
                 _text.fuse(part.get_submodule("text_embedder"))
     _patch_embedding.fuse(model)
-    return notes([block for _, block in blocks], unfusable, _linears)
+    return notes([block for _, block in blocks], lambda block: unlike(block) or unfusable(block), _linears)
 
 
 def _linears(block: Any) -> list[nn.Module]:
@@ -147,12 +149,6 @@ def unfuse(model: nn.Module) -> None:
             restore(module)
 
 
-def _is_block(module: nn.Module) -> bool:
-    return any(
-        cls.__name__ in CLASSES and cls.__module__.startswith("diffusers.") for cls in type(module).__mro__
-    )
-
-
 def unfusable(block: Any) -> str | None:
     """Why a block must take the host's forward now, in words, or None."""
     _, _, kernels = block.__dict__[MEMO]
@@ -164,7 +160,7 @@ def unfusable(block: Any) -> str | None:
             return f"its attention processor is {type(attention.processor).__name__}"
         if attention.processor.elsewhere or getattr(attention, "fused_projections", False):
             return "its attention is set up by the host"
-    return obstacle(block, device, kernels, (*_uncalled(block), *_norms(block)))
+    return obstacle(block, device, kernels, (*_uncalled(block), *norms(block)))
 
 
 def _uncalled(block: Any) -> tuple[nn.Module, ...]:
@@ -172,11 +168,6 @@ def _uncalled(block: Any) -> tuple[nn.Module, ...]:
     one, two, ffn = block.attn1, block.attn2, block.ffn
     dropouts = (one.to_out[1], two.to_out[1], ffn.net[1])
     return block.norm1, block.norm2, block.norm3, one, two, ffn, ffn.net[0], *dropouts
-
-
-def _norms(block: Any) -> list[nn.Module]:
-    norms = [block.attn1.norm_q, block.attn1.norm_k, block.attn2.norm_q, block.attn2.norm_k]
-    return [*norms, block.attn2.norm_added_k] if block.attn2.add_k_proj is not None else norms
 
 
 def run(

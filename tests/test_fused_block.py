@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from diffusers import WanVACETransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-runtime[dev]')")
@@ -290,6 +291,84 @@ def test_a_hook_on_what_the_kernels_stand_for_is_called(part: str, spy: Spy) -> 
     assert error(run(twin), run(model)) < EXACT
     called.assert_called_once()
     assert spy.count == TINY.layers - 1
+
+
+class ScaledBlock(WanTransformerBlock):  # type: ignore[misc]
+    """A fork's block."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs) * 1.5
+
+
+class ScaledNorm(nn.RMSNorm):
+    """A fork's norm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 1.5
+
+
+def _block(block: Any) -> None:
+    block.__class__ = ScaledBlock
+
+
+def _norm(block: Any) -> None:
+    block.attn1.norm_q.__class__ = ScaledNorm
+
+
+def _identity(block: Any) -> None:
+    block.attn1.norm_q = nn.Identity()
+
+
+def _exact_gelu(block: Any) -> None:
+    block.ffn.net[0].approximate = "none"
+
+
+def _weighted_norm(block: Any) -> None:
+    block.norm1 = nn.LayerNorm(block.norm1.normalized_shape)
+    nn.init.constant_(block.norm1.weight, 1.5)
+
+
+def _dropout(block: Any) -> None:
+    block.ffn.net[1].p = 1.0
+    block.ffn.net[1].train()
+
+
+FORKS = {
+    _block: "its ScaledBlock has a forward of its own",
+    _norm: "its ScaledNorm has a forward of its own",
+    _identity: "normalised by Identity",
+    _exact_gelu: "not Linear, tanh GELU, Linear",
+    _weighted_norm: "not a LayerNorm without weights",
+    _dropout: "it drops activations",
+}
+
+
+@pytest.mark.parametrize("change", FORKS)
+@torch.no_grad()
+def test_a_fork_s_block_takes_its_own_forward(change: Any, spy: Spy) -> None:
+    model = transformer()
+    change(model.blocks[0])
+    wan_runtime.patch(model, attention="sdpa")
+    twin = copy.deepcopy(model)
+    (note,) = _wan_block.fuse(twin, "TWINS")
+    assert note.startswith("1 of 2 blocks run the host's own forward: ") and FORKS[change] in note
+    assert error(run(twin), run(model)) < EXACT
+    assert spy.count == TINY.layers - 1
+    wan_runtime.unpatch(twin)
+
+
+def test_a_forward_that_a_script_gave_all_blocks_is_not_passed_by(
+    spy: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = WanTransformerBlock.forward
+    monkeypatch.setattr(WanTransformerBlock, "forward", lambda *args: forward(*args) * 1.5)
+    model = patched()
+    twin = copy.deepcopy(model)
+    (note,) = _wan_block.fuse(twin, "TWINS")
+    assert (
+        "2 of 2 blocks run the host's own forward: its WanTransformerBlock has a forward of its own" in note
+    )
+    assert error(run(twin), run(model)) < EXACT and spy.count == 0
 
 
 def test_training_after_inference_at_the_same_size() -> None:

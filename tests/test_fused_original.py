@@ -140,6 +140,25 @@ def test_rotations_that_are_written_in_place(spy: Spy) -> None:
     assert spy.count
 
 
+@torch.no_grad()
+def test_sizes_that_a_caller_writes_into_one_tensor(spy: Spy) -> None:
+    model = patched()
+    twin = fused(model)
+    grid, lengths = torch.tensor([[2, 4, 6]]), torch.tensor([TOKENS])
+    x, steps, text = torch.randn(1, TOKENS, 128), torch.randn(1, 6, 128), torch.randn(1, 16, 128)
+
+    def wrong() -> float:
+        result, truth = (m.blocks[0](x, steps, lengths, grid, m.freqs, text, None) for m in (twin, model))
+        return error(result, truth)
+
+    assert wrong() < EXACT and spy.count == 1
+    grid.copy_(torch.tensor([[2, 6, 4]]))
+    assert wrong() < EXACT and spy.count == 2
+    lengths.fill_(TOKENS - 8)
+    with pytest.warns(RuntimeWarning, match="sequences are shorter"):
+        assert wrong() < EXACT and spy.count == 2
+
+
 def test_two_sizes_and_a_table_for_each(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[int, int, int]] = []
     of_grid = _rotary.of_grid
@@ -290,7 +309,11 @@ def test_what_something_else_holds_takes_the_hosts_forward(obstacle: Any, why: s
     assert error(result, run(model)) < EXACT
     assert spy.count == TINY.layers - 1
     notes = _original_block.fuse(twin, "TWINS")
-    assert len(notes) == 1 and why in notes[0] and notes[0].startswith("1 blocks run the host's own forward")
+    assert (
+        len(notes) == 1
+        and why in notes[0]
+        and notes[0].startswith("1 of 2 blocks run the host's own forward")
+    )
 
 
 def test_gradients_and_a_cpu_without_the_twins_take_the_hosts_forward(spy: Spy) -> None:
@@ -301,7 +324,7 @@ def test_gradients_and_a_cpu_without_the_twins_take_the_hosts_forward(spy: Spy) 
     assert error(run(twin), run(model)) < EXACT and spy.count == 0
     twin.blocks[0].norm3.weight.requires_grad_(True)
     notes = _original_block.fuse(twin, "TWINS")
-    assert notes == ["1 blocks run the host's own forward: gradients are on."]
+    assert notes == ["1 of 2 blocks run the host's own forward: gradients are on."]
     given = diffusers.inputs()
     model.blocks[0].norm3.weight.requires_grad_(True)
     for each in (model, twin):
