@@ -1,6 +1,6 @@
-"""The GPU's clock and power while something ran, as its driver counts them.
+"""The GPU's clock and power while something ran, and what held the clock, as its driver counts them.
 
-A forward of 14B keeps the card at its power limit, where the clock is what the power leaves: without both figures a
+A forward of 14B keeps the card at its power limit, where the clock is what the power leaves: without these figures a
 faster or slower kernel cannot be told from a higher or lower clock.
 """
 
@@ -12,11 +12,21 @@ import subprocess
 import threading
 import time
 from types import TracebackType
+from typing import Any
 
 import torch
 
 EVERY_MS = 100
-QUERY = "--query-gpu=clocks.sm,power.draw.instant,power.limit"
+QUERY = "--query-gpu=clocks.sm,power.draw.instant,power.limit,clocks_event_reasons.active"
+HELD_BY = {  # bits of clocks_event_reasons.active: nvml.h, NVML_CLOCKS_EVENT_REASONS
+    0x2: "clock setting",
+    0x4: "power limit",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "thermal limit",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
 
 
 class Board:
@@ -25,7 +35,7 @@ class Board:
 
     def __init__(self, gpu: bool) -> None:
         self._reads = gpu and shutil.which("nvidia-smi") is not None
-        self._read: list[tuple[float, list[float]]] = []
+        self._read: list[tuple[float, list[float], int]] = []
 
     def __enter__(self) -> Board:
         self._process: subprocess.Popen[str] | None = None
@@ -46,7 +56,8 @@ class Board:
         assert process.stdout is not None
         for line in process.stdout:
             try:
-                self._read.append((time.perf_counter(), [float(cell) for cell in line.split(",")]))
+                *figures, reasons = line.split(",")
+                self._read.append((time.perf_counter(), [float(cell) for cell in figures], int(reasons, 16)))
             except ValueError:  # "[N/A]", or a sentence of the driver's
                 continue
 
@@ -58,10 +69,21 @@ class Board:
             self._process.wait()
             self._reader.join()
 
-    def between(self, began: float, ended: float) -> dict[str, float]:
-        """Medians of what was read between two times of `time.perf_counter`; empty where nothing was."""
-        rows = [row for at, row in self._read if began <= at <= ended]
-        if not rows:
+    def between(self, began: float, ended: float) -> dict[str, Any]:
+        """Medians of what was read between two times of `time.perf_counter`, and what held the clock at which share of
+        the readings; empty where nothing was read."""
+        read = [(figures, reasons) for at, figures, reasons in self._read if began <= at <= ended]
+        if not read:
             return {}
-        clock, power, limit = (statistics.median(cells) for cells in zip(*rows, strict=True))
-        return {"sm_mhz": round(clock), "watts": round(power), "limit_watts": round(limit)}
+        clock, power, limit = (
+            statistics.median(cells) for cells in zip(*(row for row, _ in read), strict=True)
+        )
+        shares = {
+            name: sum(bool(reasons & bit) for _, reasons in read) / len(read) for bit, name in HELD_BY.items()
+        }
+        return {
+            "sm_mhz": round(clock),
+            "watts": round(power),
+            "limit_watts": round(limit),
+            "held_by": {name: round(share, 2) for name, share in shares.items() if share},
+        }

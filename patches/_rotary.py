@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from wan_runtime.autograd import writes
-
-from ._snapshot import Snapshot
+from ._snapshot import Snapshot, Version
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
 
@@ -39,9 +37,8 @@ class Rotations:
 
     def __init__(self) -> None:
         self.tables: dict[tuple[int, int, int], torch.Tensor] = {}
-        self.freqs: torch.Tensor | None = None
-        self.writes = 0  # into freqs, that torch had counted
-        self.given: tuple[torch.Tensor, torch.Tensor, tuple[int, int, int] | str] | None = None
+        self.freqs: Version | None = None
+        self.given: tuple[Version, Version, tuple[int, int, int] | str] | None = None
 
     def __reduce__(self) -> tuple[type[Rotations], tuple[()]]:
         return type(self), ()
@@ -53,15 +50,16 @@ class Rotations:
 
         seq_lens [batch] and grid_sizes [batch, 3] are read once a forward: every block is given the same tensors.
         """
-        if self.given is None or self.given[0] is not seq_lens or self.given[1] is not grid_sizes:
-            self.given = (seq_lens, grid_sizes, _grid(seq_lens, grid_sizes))
-        grid = self.given[2]
+        given = self.given
+        if given is None or not given[0].is_of(seq_lens) or not given[1].is_of(grid_sizes):
+            given = self.given = (Version(seq_lens), Version(grid_sizes), _grid(seq_lens, grid_sizes))
+        grid = given[2]
         if isinstance(grid, str):
             return grid
         if math.prod(grid) != tokens:
             return f"{tokens - math.prod(grid)} of {tokens} tokens are padding"
-        if self.freqs is not freqs or self.writes != writes(freqs):
-            self.freqs, self.writes, self.tables = freqs, writes(freqs), {}
+        if self.freqs is None or not self.freqs.is_of(freqs):
+            self.freqs, self.tables = Version(freqs), {}
         if grid not in self.tables:
             while len(self.tables) >= KEPT:
                 del self.tables[next(iter(self.tables))]
@@ -72,8 +70,8 @@ class Rotations:
         """DiffSynth's rotations, already laid out a token [tokens, 1, head / 2] -> their table."""
         if torch.compiler.is_compiling():
             return table_of(freqs[:, 0])
-        if self.freqs is not freqs:
-            self.freqs, self.tables = freqs, {(0, 0, 0): table_of(freqs[:, 0])}
+        if self.freqs is None or not self.freqs.is_of(freqs):
+            self.freqs, self.tables = Version(freqs), {(0, 0, 0): table_of(freqs[:, 0])}
         return self.tables[(0, 0, 0)]
 
 
@@ -82,7 +80,7 @@ class SizeTables:
     pickle of it starts empty."""
 
     def __init__(self) -> None:
-        self.kept: tuple[tuple[Any, ...], Snapshot, Tables] | None = None
+        self.kept: tuple[tuple[Any, ...], Snapshot, Tables, list[Version]] | None = None
 
     def __reduce__(self) -> tuple[type[SizeTables], tuple[()]]:
         return type(self), ()
@@ -90,16 +88,21 @@ class SizeTables:
     def tables(
         self, of: tuple[Any, ...], buffers: Sequence[torch.Tensor], make: Callable[[], Tables]
     ) -> Tables:
-        """What `make` gives, remembered until a size, a device or a buffer is another or is written."""
+        """What `make` gives, remembered until a size or a device is another, or a buffer or the tables are written: it
+        is the tables themselves that whoever asks is given."""
         kept = self.kept
-        if kept is None or kept[0] != of or not kept[1].matches(buffers) or _unsavable(kept[2][0]):
-            kept = self.kept = (of, Snapshot(buffers), make())
+        if kept is None or kept[0] != of or not kept[1].matches(buffers) or not _as_made(kept[2], kept[3]):
+            made = make()
+            kept = self.kept = (of, Snapshot(buffers), made, [Version(table) for table in made])
         return kept[2]
 
 
-def _unsavable(table: torch.Tensor) -> bool:
-    """Whether a table was made in inference mode and is wanted outside of it, where autograd may have to save it."""
-    return table.is_inference() and not torch.is_inference_mode_enabled()
+def _as_made(tables: Tables, versions: Sequence[Version]) -> bool:
+    """Whether tables may be given again: nobody wrote into them, and what was made in inference mode is not wanted
+    outside of it, where autograd may have to save it."""
+    if tables[0].is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    return all(version.is_of(table) for table, version in zip(tables, versions, strict=True))
 
 
 def _grid(seq_lens: torch.Tensor, grid_sizes: torch.Tensor) -> tuple[int, int, int] | str:

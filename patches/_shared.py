@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from wan_runtime.autograd import writes
+
 from ._called import number
 from ._fused import KeysValues
-from ._snapshot import Snapshot, tracked
+from ._snapshot import Snapshot, Version, tracked
 from ._stream import Begun
 
 Modulation = tuple[torch.Tensor, torch.Tensor | None]  # what _modulation.rows_of gives
@@ -44,15 +46,14 @@ class Carried:
     """What a block has made for the one after it: its `modulation` of `temb`, and what it has `begun` with that, of the
     `stream` that the block gave."""
 
-    stream: torch.Tensor
-    version: int
-    temb: torch.Tensor
+    stream: Version
+    temb: Version
     modulation: Modulation
     begun: Begun
 
     def is_for(self, stream: torch.Tensor, temb: torch.Tensor) -> bool:
         """Whether a block is given what it was made for, and nothing has been written into that since."""
-        return stream is self.stream and temb is self.temb and stream._version == self.version
+        return self.stream.is_of(stream) and self.temb.is_of(temb)
 
 
 class Expanded:
@@ -65,25 +66,25 @@ class Expanded:
         self.rows, self.index = rows, index
 
     def is_of(self, steps: torch.Tensor) -> bool:
-        """Whether a tensor is the expanded one or the whole of it in another shape."""
+        """Whether a tensor is the expanded one, unwritten, or the whole of it in another shape."""
         return not self._storage.expired() and self._place == _place(steps)
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor.numel()
+def _place(tensor: torch.Tensor) -> tuple[int, int, int]:
+    return tensor.data_ptr(), tensor.numel(), writes(tensor)
 
 
 class Shared:
     """Caches of one model. A copy or a pickle of it starts empty.
 
     prompts  K and V of the last prompts, a block: they depend on the prompt and the weights alone.
-    rotary   the host's table, and the one made of it, kept while the host hands out the same.
+    rotary   the host's tables, and the one made of them, kept while the host hands out the same.
     folded   weights of norms with FP8 attention's static scales in them, a block, and what they were made of.
     blocks   the blocks, by their number; they say so themselves, so that a copy's are the copy's.
     carried  what a block has made for the block of a number. Where that is given another stream (a host may add to it,
              or leave blocks out) it is made in vain, each time: no result may hang on what was run before.
     steps    the distinct timesteps' modulation of this forward, where the host expands it to every token.
-    cast     this forward's modulation, its version, and the same in fp32.
+    cast     this forward's modulation, and the same in fp32.
     """
 
     def __init__(self) -> None:
@@ -93,12 +94,12 @@ class Shared:
     def clear(self) -> None:
         """Forget everything: weights moved or changed."""
         self.prompts: list[Prompt] = []
-        self.current: tuple[torch.Tensor, Prompt] | None = None
+        self.current: tuple[Version, Prompt] | None = None
         self.folded: dict[int, tuple[Snapshot, tuple[Folded, Folded]]] = {}
-        self.rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.rotary: tuple[Version, Version, torch.Tensor] | None = None
         self.carried: dict[int, Carried] = {}
         self.steps: Expanded | None = None
-        self.cast: tuple[torch.Tensor, int, torch.Tensor] | None = None
+        self.cast: tuple[Version, torch.Tensor] | None = None
 
     def begin(self) -> None:
         """A forward begins: what was known by identity alone is no longer."""
@@ -112,9 +113,9 @@ class Shared:
         # Compiled there are no identities to tell it by, and in inference mode no versions.
         if steps.dtype == torch.float32 or torch.compiler.is_compiling() or steps.is_inference():
             return steps.float()
-        if self.cast is None or self.cast[0] is not steps or self.cast[1] != steps._version:
-            self.cast = (steps, steps._version, steps.float())
-        return self.cast[2]
+        if self.cast is None or not self.cast[0].is_of(steps):
+            self.cast = (Version(steps), steps.float())
+        return self.cast[1]
 
     def take(self, number: int, stream: torch.Tensor, temb: torch.Tensor) -> Carried | None:
         """What was carried to a block, or None where there is nothing for what it was given."""
@@ -125,7 +126,7 @@ class Shared:
         self, number: int, stream: torch.Tensor, temb: torch.Tensor, modulation: Modulation, begun: Begun
     ) -> None:
         """Keep what is begun of `stream` for the block of a number."""
-        self.carried[number] = Carried(stream, stream._version, temb, modulation, begun)
+        self.carried[number] = Carried(Version(stream), Version(temb), modulation, begun)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -147,8 +148,8 @@ class Shared:
         """
         if not tracked(weights):
             return make()
-        if self.current is None or self.current[0] is not context:
-            self.current = (context, self._prompt(context))
+        if self.current is None or not self.current[0].is_of(context):
+            self.current = (Version(context), self._prompt(context))
         return _remembered(self.current[1].made, block, weights, make)
 
     def folded_norms(
@@ -166,9 +167,9 @@ class Shared:
         """diffusers' tables [1, tokens, 1, head], each value twice -> norm_rope's [tokens, head] fp32."""
         if torch.compiler.is_compiling():
             return _table(cosines, sines)
-        if self.rotary is None or self.rotary[0] is not cosines:
-            self.rotary = (cosines, _table(cosines, sines))
-        return self.rotary[1]
+        if self.rotary is None or not self.rotary[0].is_of(cosines) or not self.rotary[1].is_of(sines):
+            self.rotary = (Version(cosines), Version(sines), _table(cosines, sines))
+        return self.rotary[2]
 
 
 def _remembered(

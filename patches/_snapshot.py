@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from wan_runtime.autograd import writes
+
 
 def held(*modules: nn.Module) -> list[torch.Tensor]:
     """The parameters and buffers of modules, not of what lies in them."""
@@ -17,6 +19,17 @@ def held(*modules: nn.Module) -> list[torch.Tensor]:
 def tracked(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether torch counts how often each is written: it does not for tensors made in inference mode."""
     return not any(tensor.is_inference() for tensor in tensors)
+
+
+class Version:
+    """A tensor as it is now, kept alive. In inference mode torch counts no writes, and it is known by itself alone."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._writes = tensor, writes(tensor)
+
+    def is_of(self, tensor: torch.Tensor) -> bool:
+        """Whether this is the tensor, unwritten since."""
+        return tensor is self._tensor and writes(tensor) == self._writes
 
 
 class Snapshot:

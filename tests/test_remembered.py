@@ -164,6 +164,47 @@ def test_rotations_whose_writes_torch_does_not_count_are_read_each_time() -> Non
         assert error(run(twin), run(model)) < 2e-5
 
 
+def _write_text(block: nn.Module, arguments: tuple[Any, ...]) -> None:
+    arguments[1].mul_(-8)
+
+
+def _write_steps(block: nn.Module, arguments: tuple[Any, ...]) -> None:
+    arguments[2].mul_(-8)
+
+
+@pytest.mark.parametrize("write", [_write_text, _write_steps])
+@pytest.mark.parametrize("timestep", [0, 500], ids=["two timesteps", "one"])
+@torch.no_grad()
+def test_what_a_block_s_hook_writes_counts(write: Any, timestep: int) -> None:
+    """Both are one tensor that every block is given."""
+    model = patched()
+    twin = coded(fused(model))
+    changes = {"timestep": torch.tensor([500.0]) if timestep else TWO_TIMESTEPS}
+    before = run(twin, **changes)
+    hooks = [each.blocks[1].register_forward_pre_hook(write) for each in (model, twin)]
+    assert error(run(twin, **changes), run(model, **changes)) < 0.02 < error(run(twin, **changes), before)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(run(twin, **changes), before)
+
+
+@torch.no_grad()
+def test_a_hook_that_writes_into_what_the_rotary_embedding_gives() -> None:
+    model = patched()
+    twin = fused(model)
+    scale = torch.ones(())
+
+    def write(module: nn.Module, args: Any, tables: Any) -> None:
+        for table in tables:
+            table.mul_(scale)
+
+    for each in (model, twin):
+        each.rope.register_forward_hook(write)
+    for factor in (1, 4, 4, 1):
+        scale.fill_(factor)
+        assert error(run(twin), run(model)) < 2e-5
+
+
 def test_nothing_that_is_kept_keeps_offloaded_weights_alive() -> None:
     twin = coded(fused(patched()))
     run(twin)
