@@ -109,6 +109,20 @@ def test_state_dict_round_trip(truth: torch.Tensor) -> None:
     assert torch.equal(run(other, torch.bfloat16), run(model, torch.bfloat16))
 
 
+@pytest.mark.parametrize("weights", ["keep", "fp8"])
+def test_tensors_that_are_assigned_are_cast_as_copied_ones_are(weights: str) -> None:
+    model, twin = patched(weights=weights), patched(weights=weights)
+    floats = (torch.float32, torch.bfloat16)
+    state = {
+        name: tensor.bfloat16() * 2 if tensor.dtype in floats else tensor
+        for name, tensor in tensors(model).items()
+    }
+    model.load_state_dict(state)
+    twin.load_state_dict(state, assign=True)
+    assert same(tensors(twin), tensors(model))
+    assert torch.equal(run(twin, torch.bfloat16), run(model, torch.bfloat16))
+
+
 def _saved(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(model, file)

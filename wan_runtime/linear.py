@@ -27,7 +27,7 @@ from wan_runtime.backends import (
 )
 from wan_runtime.errors import QuantisedWeight
 from wan_runtime.formats import FORMATS
-from wan_runtime.residents import AUTOCASTS, Move, keeping_dtype, served
+from wan_runtime.residents import AUTOCASTS, Move, assign_in_own_dtypes, keeping_dtype, served
 
 
 class WeightCopy(torch.Tensor):
@@ -156,6 +156,7 @@ class QuantLinear(nn.Linear):
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any,
         unexpected_keys: Any, error_msgs: list[str],
     ) -> None:  # fmt: skip
+        assign_in_own_dtypes(self, state_dict, prefix, local_metadata)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

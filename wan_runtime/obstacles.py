@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from wan_runtime.errors import InvalidOption
 from wan_runtime.linear import linear_size
 from wan_runtime.plan import Decision
-from wan_runtime.residents import served
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+from wan_runtime.residents import FLOATS, served
 
 
 def refuse_unswappable(model: nn.Module, decisions: Sequence[Decision], *, keeps_weights: bool) -> None:

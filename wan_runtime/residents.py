@@ -25,6 +25,7 @@ Move = Callable[[torch.Tensor], torch.Tensor]
 COMPUTE_DTYPE = (
     "_wan_runtime_dtype"  # an empty tensor on the model: follows `.to(dtype)`, so it is the compute dtype
 )
+FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 # Asked once, here: torch 2.11's compiler does not know the question, and would break its graph in a forward.
 AUTOCASTS = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 
@@ -47,6 +48,19 @@ def keeping_dtype(move: Move) -> Move:
     return keep
 
 
+def assign_in_own_dtypes(
+    module: nn.Module, given: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    """Cast what `load_state_dict(assign=True)` is about to put in the place of a module's own tensors to their dtypes,
+    as it is cast where it is copied into them."""
+    if not metadata.get("assign_to_params_buffers", False):
+        return
+    for name, own in (*module._parameters.items(), *module._buffers.items()):
+        new = given.get(prefix + name)
+        if own is not None and isinstance(new, torch.Tensor) and {own.dtype, new.dtype} <= FLOATS:
+            given[prefix + name] = new.to(own.dtype)
+
+
 class OwnDtype(nn.Module):
     """Keeps the dtype of the module's own parameters and buffers; its children decide for themselves."""
 
@@ -61,6 +75,12 @@ class OwnDtype(nn.Module):
         if own_dtype is not None:
             self._buffers[COMPUTE_DTYPE] = fn(own_dtype)
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        assign_in_own_dtypes(self, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, self._wan_runtime_kind, self.__getstate__()  # type: ignore[no-untyped-call]
