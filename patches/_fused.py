@@ -118,7 +118,8 @@ def keys_and_values(
     key = kernels.norm_rope(key, bias, weight_of(norm_k), eps_of(norm_k), None)
     value, bias = multiply(v, rows)
     value = value if bias is None else value.add_(bias)
-    return key.view(batch, count, heads, -1), value.view(batch, count, heads, -1)
+    shape = (batch, count, heads, key.shape[-1] // heads)  # of no tokens -1 would say nothing
+    return key.view(shape), value.view(shape)
 
 
 def weight_of(norm: nn.Module) -> torch.Tensor:

@@ -30,27 +30,8 @@ MEMO = (
 )
 
 
-class FusedBlock(OwnDtype):
-    """A WanTransformerBlock, or VACE's, that runs `_fused.forward` where it can."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not args or kwargs or not args[0].is_floating_point():
-            return super().forward(*args, **kwargs)
-        if unfusable(self) is not None or traced(args) is not None:
-            return super().forward(*args, **kwargs)
-        if hasattr(self, "proj_in"):
-            return self._vace(*args)
-        return run(self, *args)
-
-    def _vace(
-        self, x: torch.Tensor, context: torch.Tensor, control: torch.Tensor, temb: torch.Tensor, rotary: Any
-    ) -> Any:
-        parts: Any = self
-        proj_in, proj_out = parts.proj_in, parts.proj_out
-        if proj_in is not None:
-            control = proj_in(control) + x
-        control = run(self, control, context, temb, rotary)
-        return (None if proj_out is None else proj_out(control)), control
+class _Fused(OwnDtype):
+    """What both kinds of block have in common."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -63,6 +44,37 @@ class FusedBlock(OwnDtype):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__[MEMO][0].clear()
         super()._load_from_state_dict(*args, **kwargs)
+
+
+class FusedBlock(_Fused):
+    """A WanTransformerBlock that runs `_fused.forward` where it can."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if _hosts(self, args, kwargs):
+            return super().forward(*args, **kwargs)
+        return run(self, *args)
+
+
+class FusedVaceBlock(_Fused):
+    """A WanVACETransformerBlock that does. torch.compile allows each forward so many graphs, so it has its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if _hosts(self, args, kwargs):
+            return super().forward(*args, **kwargs)
+        x, context, control, temb, rotary = args
+        parts: Any = self
+        proj_in, proj_out = parts.proj_in, parts.proj_out
+        if proj_in is not None:
+            control = proj_in(control) + x
+        control = run(self, control, context, temb, rotary)
+        return (None if proj_out is None else proj_out(control)), control
+
+
+def _hosts(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call takes the host's forward."""
+    if not args or kwargs or not args[0].is_floating_point():
+        return True
+    return unfusable(block) is not None or traced(args) is not None
 
 
 class FusedEmbedder(OwnDtype):
@@ -103,6 +115,9 @@ class FusedRotary(OwnDtype):
         return super()._apply(fn, recurse)
 
 
+KINDS = (FusedBlock, FusedVaceBlock, FusedEmbedder, FusedRotary)
+
+
 def fuse(model: nn.Module, kernels: str = "TRITON") -> list[str]:
     """Put a patched model's blocks on the fused forward; returns what a user should read.
 
@@ -115,7 +130,7 @@ def fuse(model: nn.Module, kernels: str = "TRITON") -> list[str]:
     for at, (_, block) in enumerate(blocks):
         if unlike(block) is not None:
             continue
-        become(block, FusedBlock)
+        become(block, FusedVaceBlock if hasattr(block, "proj_in") else FusedBlock)
         block.__dict__[MEMO] = (shared, at, kernels)
         announce(block, shared, at)
     for name, kind in (("condition_embedder", FusedEmbedder), ("rope", FusedRotary)):
@@ -145,7 +160,7 @@ def unfuse(model: nn.Module) -> None:
         module.__dict__.pop(KEY, None)
         _text.unfuse(module)
         _patch_embedding.unfuse(module)
-        if kind_of(module) in (FusedBlock, FusedEmbedder, FusedRotary):
+        if kind_of(module) in KINDS:
             restore(module)
 
 

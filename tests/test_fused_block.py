@@ -148,6 +148,15 @@ def test_an_image_model_without_an_image() -> None:
     )
 
 
+def test_a_text_of_no_tokens(spy: Spy) -> None:
+    model = patched()
+    empty = torch.zeros(1, 0, TINY.text)
+    twin = fused(model)
+    result = run(twin, encoder_hidden_states=empty)
+    assert error(result, run(model, encoder_hidden_states=empty)) < EXACT
+    assert spy.count == TINY.layers
+
+
 def test_vace(spy: Spy) -> None:
     torch.manual_seed(0)
     model = WanVACETransformer3DModel(

@@ -12,12 +12,16 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install 'wan-
 
 from torch._dynamo.utils import counters
 
+import wan_runtime
 from tests.hosts.diffusers import error
+from tests.hosts.variants import built, inputs
 from tests.test_fused_block import EXACT, coded, patched, run
 from wan_runtime.backends import transformer_engine
 from wan_runtime.formats import FORMATS
 from wan_runtime.linear import quantised_layers
 from wan_runtime.patches import _wan_block
+
+SCALES = torch.ones(2)  # of VACE's control, a block
 
 
 @pytest.mark.slow
@@ -44,6 +48,33 @@ def test_blocks_compile_once_for_a_size_and_once_for_all_others() -> None:
     for width in (8, 12, 16):
         run(model, hidden_states=torch.randn(1, 16, 3, 8, width))
     assert counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_vace_s_blocks_compile_at_any_number_of_sizes() -> None:
+    """Two kinds of block, and the two that differ in their parts among the second."""
+    model = built("vace").requires_grad_(False)
+    wan_runtime.patch(model, attention="sdpa")
+    model.to(torch.float32)
+    clips = [torch.randn(1, 16, 3, 4, width) for width in (4, 6, 8, 10, 12)]
+
+    @torch.no_grad()
+    def forward(clip: torch.Tensor) -> torch.Tensor:
+        control = {
+            "control_hidden_states": torch.ones(1, 24, *clip.shape[2:]),
+            "control_hidden_states_scale": SCALES,
+        }
+        result: torch.Tensor = model(**inputs("vace") | {"hidden_states": clip} | control)[0]
+        return result
+
+    expected = [forward(clip) for clip in clips]
+    _wan_block.fuse(model, "TWINS")
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert all(error(forward(clip), truth) < EXACT for clip, truth in zip(clips, expected, strict=True))
+    assert counters["stats"]["unique_graphs"] == 8
     torch._dynamo.reset()
 
 
