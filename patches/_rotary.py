@@ -57,7 +57,7 @@ class Rotations:
         if isinstance(grid, str):
             return grid
         if math.prod(grid) != tokens:
-            return f"{tokens - math.prod(grid)} of {tokens} tokens are padding"
+            return "part of the tokens are padding"  # said once, so without their number
         if self.freqs is None or not self.freqs.is_of(freqs):
             self.freqs, self.tables = Version(freqs), {}
         if grid not in self.tables:
@@ -92,7 +92,9 @@ class SizeTables:
         is the tables themselves that whoever asks is given."""
         kept = self.kept
         if kept is None or kept[0] != of or not kept[1].matches(buffers) or not _as_made(kept[2], kept[3]):
-            made = make()
+            # Clones: torch.compile guards the strides of what a view is of, and would compile once more for a width.
+            cosines, sines = make()
+            made = (cosines.clone(), sines.clone())
             kept = self.kept = (of, Snapshot(buffers), made, [Version(table) for table in made])
         return kept[2]
 

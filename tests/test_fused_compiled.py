@@ -40,13 +40,18 @@ def test_blocks_compile_whole_around_the_operators() -> None:
 
 
 @pytest.mark.slow
-def test_blocks_compile_once_for_a_size_and_once_for_all_others() -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [[(3, 8, 8), (3, 8, 12), (3, 8, 16)], [(3, 6, 10), (3, 6, 14), (3, 10, 6), (2, 8, 6)]],
+    ids=["widths", "widths, then heights"],
+)
+def test_blocks_compile_once_for_a_size_and_once_for_all_others(sizes: list[tuple[int, int, int]]) -> None:
     model = patched()
     _wan_block.fuse(model, "TWINS")
     counters.clear()
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
-    for width in (8, 12, 16):
-        run(model, hidden_states=torch.randn(1, 16, 3, 8, width))
+    for size in sizes:
+        run(model, hidden_states=torch.randn(1, 16, *size))
     assert counters["stats"]["unique_graphs"] == 2
     torch._dynamo.reset()
 

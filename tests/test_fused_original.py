@@ -196,11 +196,12 @@ def test_padding_takes_the_hosts_forward_and_says_so_once(release: str, spy: Spy
     twin = fused(model)
     plain = run(twin)
     model.padding = twin.padding = 5
-    with pytest.warns(RuntimeWarning, match="5 of 53 tokens are padding"):
+    with pytest.warns(RuntimeWarning, match="part of the tokens are padding"):
         result = run(twin)
     assert spy.count == TINY.layers
     assert error(result, run(model)) < EXACT and error(result, plain) < EXACT
-    run(twin)  # warnings are errors here
+    for twin.padding in (5, 7):
+        run(twin)  # warnings are errors here
     twin.padding = 0
     assert torch.equal(run(twin), plain)
 

@@ -126,6 +126,8 @@ def test_a_failed_load_leaves_the_model_as_it_was(kind: str, tmp_path: Path) -> 
         ({"weights": "int3"}, InvalidOption),
         ({"activation": "static"}, InvalidOption),
         ({"skip": ("blocks.7.*",)}, InvalidOption),
+        ({"skip": None}, InvalidOption),
+        ({"skip": (5,)}, InvalidOption),
     ],
 )
 def test_a_refused_option_leaves_the_model_as_it_was(

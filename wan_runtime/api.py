@@ -177,7 +177,13 @@ def inspect(
 
 
 def _patterns(skip: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (skip,) if isinstance(skip, str) else tuple(skip)
+    if isinstance(skip, str):
+        return (skip,)
+    if not isinstance(skip, list | tuple) or not all(isinstance(pattern, str) for pattern in skip):
+        raise InvalidOption(
+            f"skip={skip!r} is not a pattern such as 'blocks.0.*', or a tuple of patterns; () skips none."
+        )
+    return tuple(skip)
 
 
 def _is_of(checkpoint: Path | str, report: Report) -> bool:
