@@ -44,6 +44,7 @@ CONFIGS = (
 )
 MODELS = ("14B 480p", "14B 720p", "5B 720p", "1.3B 480p")
 RATIO_TO = "diffusers bf16 cudnn compiled"
+PARTS = "products, attention, rest: ms"
 WORDS = {
     "te": "Transformer Engine",
     "kitchen": "comfy-kitchen",
@@ -126,15 +127,15 @@ def keep(file: Path, **sections: Any) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """README.md's table: a model's rows end with the fastest, ours are bold, and * marks those of another run."""
-    heads = ("model", "weights, attention", "a forward", "ratio", "first call", "peak memory", "error")
+    heads = ("model", "weights, attention", "a forward", "ratio", PARTS, "first call", "peak memory", "error")
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     base = {row["model"]: row["step_s"] for row in rows if row["config"] == RATIO_TO}
     shown = ""
     for row in ordered(rows):
         model, step = row["model"], f"{row['step_s']:.3f} s"
         cells = [
-            words(row["config"]), step, f"{row['step_s'] / base[model]:.3f}", f"{row['first_s']:.1f} s",
-            f"{row.get('peak_gib', 0):.1f} GiB", _error(row),
+            words(row["config"]), step, f"{row['step_s'] / base[model]:.3f}", _parts(row),
+            f"{row['first_s']:.1f} s", f"{row.get('peak_gib', 0):.1f} GiB", _error(row),
         ]  # fmt: skip
         if row["config"].startswith("ours"):
             cells[:2] = [f"**{cell}**" for cell in cells[:2]]
@@ -148,6 +149,14 @@ def words(config: str) -> str:
     """A configuration as a reader calls it."""
     who, *what = config.split()
     return f"{WORDS.get(who, who)}: {', '.join(WORDS.get(word, word) for word in what)}"
+
+
+def _parts(row: dict[str, Any]) -> str:
+    """A profiled forward's milliseconds by kind of kernel."""
+    parts = row.get("parts_ms", {})
+    return (
+        ", ".join(f"{parts[kind]:.0f}" for kind in ("gemm", "attention", "rest")) if parts else "not profiled"
+    )
 
 
 def _error(row: dict[str, Any]) -> str:
