@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from wan_runtime.errors import InvalidOption
-from wan_runtime.residents import Move, OwnDtype, become, kind_of, restore
+from wan_runtime.residents import OwnDtype, become, kind_of, restore
 
 from . import Blocks, _carrying, _fused, _text
 from ._called import KEY, leaf
@@ -23,9 +23,9 @@ from ._original_attention import TEXT_TOKENS, attending_of, has_image, install, 
 from ._original_shape import host_class, unlike
 from ._rotary import Rotations
 from ._shared import Expanded, Shared, announce
+from ._sharing import MEMO, SharingBlock
 from ._unfusable import notes, obstacle, traced
 
-MEMO = "_wan_runtime_fused"  # of a fused block: a Memo
 STUDIO_IMAGE_TOKENS = 257  # in DiffSynth, the image is what comes before these many tokens
 
 
@@ -45,24 +45,7 @@ class Memo:
         self.said = said
 
 
-class _Fused(OwnDtype):
-    """What both hosts' fused blocks have in common."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        memo: Memo = self.__dict__[MEMO]
-        announce(self, memo.shared, memo.number)
-
-    def _apply(self, fn: Move, recurse: bool = True) -> Any:
-        self.__dict__[MEMO].shared.clear()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.__dict__[MEMO].shared.clear()
-        super()._load_from_state_dict(*args, **kwargs)
-
-
-class FusedReleaseBlock(_Fused):
+class FusedReleaseBlock(SharingBlock):
     """A WanAttentionBlock that runs `_fused.forward` where it can."""
 
     def forward(
@@ -85,7 +68,7 @@ class FusedReleaseBlock(_Fused):
         return run(self, x, e, table, context, ahead)
 
 
-class FusedStudioBlock(_Fused):
+class FusedStudioBlock(SharingBlock):
     """A DiTBlock that runs `_fused.forward` where it can."""
 
     def forward(
@@ -124,7 +107,7 @@ class FusedTime(OwnDtype):
         return expanded.unflatten(0, x.shape[:2])
 
 
-KINDS: dict[str, type[_Fused]] = {"WanAttentionBlock": FusedReleaseBlock, "DiTBlock": FusedStudioBlock}
+KINDS: dict[str, type[SharingBlock]] = {"WanAttentionBlock": FusedReleaseBlock, "DiTBlock": FusedStudioBlock}
 
 
 def refuses(model: Any) -> str | None:

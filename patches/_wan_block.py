@@ -7,7 +7,7 @@ module, and only its own quantisation is no longer fused.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,31 +22,20 @@ from ._context import keys_values
 from ._diffusers_shape import is_block, norms, unlike
 from ._rotary import SizeTables
 from ._shared import Expanded, Shared, announce
+from ._sharing import MEMO, SharingBlock
 from ._snapshot import held, tracked
 from ._unfusable import notes, obstacle, traced
 
-MEMO = (
-    "_wan_runtime_fused"  # of a fused block: (what the model's blocks share, the block's number, its kernels)
-)
+
+class Memo(NamedTuple):
+    """What a fused block knows beside its parts; `kernels` is a member of wan_runtime.kernels.fused, by name."""
+
+    shared: Shared
+    number: int
+    kernels: str
 
 
-class _Fused(OwnDtype):
-    """What both kinds of block have in common."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        announce(self, *self.__dict__[MEMO][:2])
-
-    def _apply(self, fn: Move, recurse: bool = True) -> Any:
-        self.__dict__[MEMO][0].clear()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.__dict__[MEMO][0].clear()
-        super()._load_from_state_dict(*args, **kwargs)
-
-
-class FusedBlock(_Fused):
+class FusedBlock(SharingBlock):
     """A WanTransformerBlock that runs `_fused.forward` where it can."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +44,7 @@ class FusedBlock(_Fused):
         return run(self, *args)
 
 
-class FusedVaceBlock(_Fused):
+class FusedVaceBlock(SharingBlock):
     """A WanVACETransformerBlock that does. torch.compile allows each forward so many graphs, so it has its own."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +120,7 @@ def fuse(model: nn.Module, kernels: str = "TRITON") -> list[str]:
         if unlike(block) is not None:
             continue
         become(block, FusedVaceBlock if hasattr(block, "proj_in") else FusedBlock)
-        block.__dict__[MEMO] = (shared, at, kernels)
+        block.__dict__[MEMO] = Memo(shared, at, kernels)
         announce(block, shared, at)
     for name, kind in (("condition_embedder", FusedEmbedder), ("rope", FusedRotary)):
         part = getattr(model, name, None)
@@ -166,7 +155,7 @@ def unfuse(model: nn.Module) -> None:
 
 def unfusable(block: Any) -> str | None:
     """Why a block must take the host's forward now, in words, or None."""
-    _, _, kernels = block.__dict__[MEMO]
+    kernels = block.__dict__[MEMO].kernels
     device = block.scale_shift_table.device
     if torch.is_autocast_enabled(device.type):
         return "autocast is on"

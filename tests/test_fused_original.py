@@ -28,6 +28,7 @@ from wan_runtime.patches import _original_block, _rotary
 from wan_runtime.patches._fused import takes_codes
 from wan_runtime.patches._modulation import distinct
 from wan_runtime.patches._original_attention import install
+from wan_runtime.patches._sharing import MEMO
 
 __all__ = ["diffsynth", "norms"]  # fixtures
 EXACT = 2e-5  # fp32 sums in another order
@@ -103,7 +104,7 @@ def test_a_timestep_a_token(count: int, spy: Spy) -> None:
     twin = fused(model)
     timestep = (torch.arange(TOKENS) % count * 70.0 + 3)[None]
     assert error(run(twin, timestep=timestep), run(model, timestep=timestep)) < EXACT
-    shared = twin.blocks[0].__dict__[_original_block.MEMO].shared
+    shared = twin.blocks[0].__dict__[MEMO].shared
     assert shared.steps.rows.shape[0] == count  # what is embedded and what modulates, not a row a token
     both = torch.cat((timestep, timestep.flip(1)))
     assert error(run(twin, 2, timestep=both), run(model, 2, timestep=both)) < EXACT
@@ -251,7 +252,7 @@ def test_products_that_take_codes(release: str, spy: Spy) -> None:
     assert spy.count == TINY.layers
     assert 1e-3 < error(result, expected) < 0.06
     assert torch.equal(run(twin), result)
-    shared = twin.blocks[0].__dict__[_original_block.MEMO].shared
+    shared = twin.blocks[0].__dict__[MEMO].shared
     assert set(shared.prompts[0].made) == {0, 1}  # K and V of the prompt are kept
 
 
@@ -357,8 +358,8 @@ def test_a_copy_and_a_pickle_run_fused_and_share_nothing(spy: Spy) -> None:
     for other in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin))):
         spy.count = 0
         assert torch.equal(run(other), expected) and spy.count == TINY.layers
-        theirs = {id(block.__dict__[_original_block.MEMO].shared) for block in other.blocks}
-        assert len(theirs) == 1 and id(twin.blocks[0].__dict__[_original_block.MEMO].shared) not in theirs
+        theirs = {id(block.__dict__[MEMO].shared) for block in other.blocks}
+        assert len(theirs) == 1 and id(twin.blocks[0].__dict__[MEMO].shared) not in theirs
 
 
 @pytest.mark.parametrize("release", ["2.1", "2.2"])

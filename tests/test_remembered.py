@@ -22,8 +22,9 @@ from tests.hosts.diffusers import error, inputs
 from tests.test_fp8_attention import TWO_BLOCKS, in_diffusers
 from tests.test_fused_block import coded, fused, patched, run
 from wan_runtime.attention import ATTENTIONS
-from wan_runtime.patches import _attending, _wan_block
+from wan_runtime.patches import _attending
 from wan_runtime.patches._attending import Attending
+from wan_runtime.patches._sharing import MEMO
 from wan_runtime.patches._snapshot import Snapshot, held, tracked
 
 
@@ -36,7 +37,7 @@ def test_prompts_are_remembered_by_value() -> None:
     other = torch.randn_like(inputs()["encoder_hidden_states"])
     assert error(run(twin, encoder_hidden_states=other), first) > 1e-4
     assert torch.equal(run(twin), first)
-    shared = twin.blocks[0].__dict__[_wan_block.MEMO][0]
+    shared = twin.blocks[0].__dict__[MEMO][0]
     assert len(shared.prompts) == 2
     assert set(shared.prompts[0].made) == {0}  # block 1's k carries a hook: called each time
     assert len(calls) == 3
@@ -60,7 +61,7 @@ def test_new_weights_forget_what_the_old_ones_made() -> None:
 
 
 def shared_of(model: Any) -> Any:
-    return model.blocks[0].__dict__[_wan_block.MEMO][0]
+    return model.blocks[0].__dict__[MEMO][0]
 
 
 @torch.inference_mode()

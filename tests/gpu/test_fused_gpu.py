@@ -12,7 +12,8 @@ from tests.builders.wan import Sizes
 from tests.hosts.diffusers import error, inputs, transformer
 from wan_runtime.attention import ATTENTIONS, choose, refused
 from wan_runtime.backends import _cublaslt
-from wan_runtime.patches import _attending, _wan_block
+from wan_runtime.patches import _attending
+from wan_runtime.patches._sharing import MEMO
 
 pytestmark = pytest.mark.gpu
 
@@ -114,7 +115,7 @@ def test_weights_written_between_two_steps_count(monkeypatch: pytest.MonkeyPatch
     for norm in (made.blocks[1].attn2.norm_k, made.blocks[2].attn1.norm_k):
         norm.weight.mul_(3)
     after = run(made)
-    made.blocks[0].__dict__[_wan_block.MEMO][0].clear()
+    made.blocks[0].__dict__[MEMO][0].clear()
     assert torch.equal(run(made), after) and error(after, before) > 1e-4
 
 
@@ -139,7 +140,7 @@ def test_unpatch_gives_the_hosts_forward_back() -> None:
     wan_runtime.patch(made, weights="keep")
     run(made)
     wan_runtime.unpatch(made)
-    assert not any(_wan_block.MEMO in module.__dict__ for module in made.modules())
+    assert not any(MEMO in module.__dict__ for module in made.modules())
     assert error(run(made), before) < 1e-6
 
 
