@@ -198,6 +198,11 @@ def test_bench_times_every_multiplier_that_serves_against_bf16() -> None:
     [
         (("convert", "none.safetensors", "new.safetensors", "--to", "bf16"), 1, "there is no such file"),
         (("convert", "FP8", "new.safetensors", "--to", "fp4"), 2, "no conversion target named 'fp4'"),
+        (
+            ("convert", "FP8", "new.safetensors", "--to", "fp8"),
+            2,
+            "Did you mean comfy-fp8 or comfy-fp8-scaled",
+        ),
         (("convert", "FP8", "FP8", "--to", "bf16"), 2, "is being read"),
         (("convert", "FP8", "/proc/new.safetensors", "--to", "bf16"), 1, ""),
         (("inspect", "none.safetensors"), 1, "there is no such file"),

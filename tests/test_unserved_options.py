@@ -42,6 +42,11 @@ def test_how_to_read_needs_a_file(options: dict[str, Any]) -> None:
         wan_runtime.patch(transformer(), **options)
 
 
+def test_skip_needs_something_to_quantise() -> None:
+    with pytest.raises(InvalidOption, match=r"skip=\('\*ffn\*',\) .* without a file quantises nothing"):
+        wan_runtime.patch(transformer(), weights="keep", skip="*ffn*")
+
+
 def test_one_pattern_may_be_a_string_and_unpatch_gives_its_layers_back_to_the_bit() -> None:
     model = transformer().float()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,12 @@ def shown(names: Iterable[str], limit: int = 10) -> str:
     return ", ".join(listed[:limit]) + more
 
 
+def _nearest(name: str, known: Sequence[str]) -> list[str]:
+    """The names that have this one among their words; else the one spelt most like it, if any is."""
+    holding = [other for other in known if name in re.split("[-_]", other)]
+    return holding or difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+
+
 class WanRuntimeError(Exception):
     """Base of everything this library raises on purpose."""
 
@@ -23,8 +30,8 @@ class UnknownName(WanRuntimeError, KeyError):
 
     def __init__(self, kind: str, name: str, known: Sequence[str]) -> None:
         self.kind, self.name, self.known = kind, name, tuple(known)
-        near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-        meant = f" Did you mean {near[0]}?" if near else ""
+        near = " or ".join(_nearest(name, known))
+        meant = f" Did you mean {near}?" if near else ""
         super().__init__(f"There is no {kind} named {name!r}. Known: {', '.join(known)}.{meant}")
 
     def __str__(self) -> str:  # KeyError would print the repr of the message

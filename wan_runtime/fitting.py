@@ -23,6 +23,11 @@ def refuse_nothing(
     """Raise NothingToPatch unless some layer is quantised, or the user or a plain file asked for none."""
     if any(d.action == "quantised" for d in decisions):
         return
+    if options.weights == "keep" and checkpoint is None and options.skip:
+        raise InvalidOption(
+            f"skip={options.skip!r} says what stays unquantised, and weights='keep' without a file quantises nothing. "
+            "Ask for weights='fp8', or leave skip out."
+        )
     if (options.compute, options.backend) != ("auto", "auto"):
         raise InvalidOption(
             f"compute={options.compute!r} and backend={options.backend!r} say how quantised layers multiply, and no "
