@@ -4,7 +4,7 @@
     --only WORDS       configurations that hold every word
     --linear           the linears too
     --seconds N        the most a configuration may take (600)
-    --show             run nothing; print README.md's table and write the plot beside the file
+    --show             run nothing; print README.md's tables and write the plot beside the file
 
 A forward configuration runs in a process of its own and takes the place of its older row in the file, so a run may be
 done in parts, on one machine. A configuration that fails is printed with its reason and leaves no row.
@@ -19,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from showing import MODELS, plot, table  # beside this file
 
 HERE = Path(__file__).parent
 BASE = "diffusers bf16 sdpa"  # what a diffusers user gets, and the truth that the others are compared with
@@ -44,20 +46,6 @@ CONFIGS = (
     "ours nvfp4 fa3",
     "ours fp8 fp8attn",
 )
-MODELS = ("14B 480p", "14B 720p", "5B 720p", "1.3B 480p")
-RATIO_TO = "diffusers bf16 cudnn compiled"
-PARTS = "products, attention, rest: ms"
-WORDS = {
-    "te": "Transformer Engine",
-    "kitchen": "comfy-kitchen",
-    "fp8": "FP8",
-    "nvfp4": "NVFP4",
-    "sdpa": "torch's choice",
-    "cudnn": "cuDNN",
-    "fa3": "FA3",
-    "fp8attn": "FP8 attention",
-    "layerwise": "layerwise casting",
-}
 
 
 def main() -> None:
@@ -125,68 +113,6 @@ def keep(file: Path, **sections: Any) -> None:
         kept[name] = [*old, *rows]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(kept, indent=1) + "\n")
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """README.md's table: a model's rows end with the fastest, ours are bold, and * marks those of another run."""
-    heads = ("model", "weights, attention", "a forward", "ratio", PARTS, "first call", "peak memory", "error")
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    base = {row["model"]: row["step_s"] for row in rows if row["config"] == RATIO_TO}
-    shown = ""
-    for row in ordered(rows):
-        model, step = row["model"], f"{row['step_s']:.3f} s"
-        cells = [
-            words(row["config"]), step, f"{row['step_s'] / base[model]:.3f}", _parts(row),
-            f"{row['first_s']:.1f} s", f"{row.get('peak_gib', 0):.1f} GiB", _error(row),
-        ]  # fmt: skip
-        if row["config"].startswith("ours"):
-            cells[:2] = [f"**{cell}**" for cell in cells[:2]]
-        cells[0] += " *" if "run" in row else ""
-        lines.append(f"| {model if model != shown else ''} | {' | '.join(cells)} |")
-        shown = model
-    return "\n".join(lines)
-
-
-def words(config: str) -> str:
-    """A configuration as a reader calls it."""
-    who, *what = config.split()
-    return f"{WORDS.get(who, who)}: {', '.join(WORDS.get(word, word) for word in what)}"
-
-
-def _parts(row: dict[str, Any]) -> str:
-    """A profiled forward's milliseconds by kind of kernel."""
-    parts = row.get("parts_ms", {})
-    return (
-        ", ".join(f"{parts[kind]:.0f}" for kind in ("gemm", "attention", "rest")) if parts else "not profiled"
-    )
-
-
-def _error(row: dict[str, Any]) -> str:
-    return f"{row['relerr']:.2g}" if "relerr" in row else "not measured"
-
-
-def ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(rows, key=lambda row: (MODELS.index(row["model"]), -row["step_s"]))
-
-
-def plot(rows: list[dict[str, Any]]) -> str:
-    """Seconds a step as horizontal bars, ours in colour."""
-    height, at, parts = 18, 10, []
-    for row in ordered(rows):
-        longest = max(other["step_s"] for other in rows if other["model"] == row["model"])
-        width, fill = (
-            380 * row["step_s"] / longest,
-            "#2f6fde" if row["config"].startswith("ours") else "#b8bec8",
-        )
-        parts.append(
-            f'<text x="330" y="{at + 12}" text-anchor="end">{row["model"]}, {words(row["config"])}</text>'
-            f'<rect x="340" y="{at + 2}" width="{width:.0f}" height="13" fill="{fill}"/>'
-            f'<text x="{346 + width:.0f}" y="{at + 12}">{row["step_s"]:.2f} s</text>'
-        )
-        at += height
-    style = "font-family: sans-serif; font-size: 11px; fill: #555"
-    body = "\n".join(parts)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" width="790" height="{at + 10}" style="{style}">\n{body}\n</svg>\n'
 
 
 if __name__ == "__main__":

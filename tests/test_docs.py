@@ -55,12 +55,12 @@ def test_a_curl_that_writes_a_file_writes_no_error_into_it(root: Path) -> None:
 
 
 def test_the_readme_shows_what_was_measured(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its table and its plot are those of the results beside them, and so is the other card's plot."""
+    """Its tables and its plot are those of the results beside them, and so is the other card's plot."""
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    suite = importlib.import_module("suite")
+    suite, showing = importlib.import_module("suite"), importlib.import_module("showing")
     readme = (root / "README.md").read_text()
     for card, shown in (("h200", True), ("h100", False)):
         results = root / f"benchmarks/results/{card}.json"
         rows = suite.load(results)["forward"]
-        assert rows and (suite.table(rows) in readme) is shown
-        assert suite.plot(rows) == results.with_suffix(".svg").read_text()
+        assert rows and (showing.table(rows) in readme) is shown
+        assert showing.plot(rows) == results.with_suffix(".svg").read_text()
