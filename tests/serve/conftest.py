@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -26,9 +27,17 @@ START_SECONDS = 300
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 SOAK = "WAN_SOAK" in os.environ  # `make soak`: the same tests with their large counts
 QUICK: dict[str, Any] = {"num_frames": 5, "width": 64, "height": 64, "num_inference_steps": 2}
-
-
 SAME = 16  # of 255: on a CPU about one clip in forty differs a little from another of the same request (docs/log.md)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """Takes back the log that a command set up which ran in this process: its stream is closed with the test."""
+    log = logging.getLogger()
+    handlers, level = log.handlers[:], log.level
+    yield
+    log.handlers[:] = handlers
+    log.setLevel(level)
 
 
 def same_clip(one: NDArray[Any], other: NDArray[Any]) -> bool:
