@@ -22,12 +22,8 @@ WORDS = {
     "layerwise": "layerwise casting",
 }
 OURS, THEIRS = "#2f6fde", "#b8bec8"
-PANEL, LABEL, BAR, LINE = (
-    430,
-    222,
-    145,
-    15,
-)  # pixels: a model's panel, its labels and longest bar wide; a row high
+PANEL, LABEL, BAR = 430, 222, 145  # pixels of width: a model's panel, its labels, its longest bar
+LINE = 15  # pixels from row to row
 STYLE = "font-family: sans-serif; font-size: 10.5px; fill: #555"
 
 Row = dict[str, Any]

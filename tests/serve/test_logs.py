@@ -22,11 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"
 @pytest.fixture
 def root() -> Iterator[logging.Logger]:
     logger = logging.getLogger()
-    before, level = logger.handlers[:], logger.level
     logger.handlers.clear()
     yield logger
-    logger.handlers[:] = before
-    logger.setLevel(level)
     logging.captureWarnings(False)
 
 

@@ -114,8 +114,7 @@ def test_cancelled_jobs_stop_within_a_step_at_random_moments(
         f"beyond a step: median {statistics.median(over):.3f} s, most {max(over):.3f} s; "
         f"memory {baseline} to {memory(server)}; {odd} of {ROUNDS} clips a little off"
     )
-    # the soak has the machine to itself; beside other tests a time says who else had the cores
-    assert not SOAK or statistics.median(over) < 0.5
+    assert statistics.median(over) < 0.5  # each one's, where nothing else has the cores
 
 
 def test_a_cancel_between_decoded_chunks_stops_the_decoding(
