@@ -40,8 +40,7 @@ const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 async function meet() {
   for (;;) {
     try {
-      const served = (await (await call("/v1/models")).json()).data;
-      describe(served.find(({ phase }) => phase !== "unloaded") ?? served[0]);
+      const served = await look();
       if (served.every((one) => one.limits_and_defaults)) return materials.list(served, prepare);
     } catch (error) {
       $("model").textContent = error instanceof Refusal ? error.message : "The server does not answer. Trying again…";
@@ -49,6 +48,12 @@ async function meet() {
     }
     await sleep(1000);
   }
+}
+
+async function look() {
+  const served = (await (await call("/v1/models")).json()).data;
+  describe(served.find(({ phase }) => phase !== "unloaded") ?? served[0]);
+  return served;
 }
 
 function describe({ id, phase, runtime }) {
@@ -377,11 +382,11 @@ async function load({ older = false } = {}) {
   $("empty").hidden = takes.size > 0;
 }
 
-// Clips that others asked for appear too, and those that are gone do not stay.
+// Clips that others asked for appear too, those that are gone do not stay, and a worker that was starting is ready.
 async function keepUp() {
   for (;;) {
     await sleep(document.hidden ? 60_000 : 15_000);
-    await load().catch(() => {});
+    await Promise.allSettled([look(), load()]);
   }
 }
 

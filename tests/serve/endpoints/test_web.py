@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-from tests.serve.conftest import Server, running
+from tests.serve.conftest import Server, running, wait_for
 from wan_runtime.serve import keys
 from wan_runtime.serve.endpoints.web import PAGES, POLICY
 
@@ -198,6 +200,16 @@ def test_with_keys_the_page_asks_for_one_and_shows_the_keys_own_clips(
         page.reload()  # the key is kept for this tab, and no longer
         only(page, PROMPT)
         assert page.evaluate("localStorage.length") == 0
+
+
+def test_what_the_page_says_of_the_worker_is_kept_up(browser: Browser, tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        server.wait_ready()
+        os.kill(server.worker(), signal.SIGKILL)
+        wait_for(lambda: server.get("/readyz").status_code == 503, "the worker's end")
+        with visit(browser, server) as page:
+            expect(page.locator("#model")).to_contain_text(re.compile("starting|importing|loading|warming"))
+            expect(page.locator("#model")).to_contain_text("ready", timeout=SECONDS)
 
 
 def test_the_page_is_light_and_dark(browser: Browser, server: Server) -> None:
