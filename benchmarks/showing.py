@@ -29,15 +29,21 @@ STYLE = "font-family: sans-serif; font-size: 10.5px; fill: #555"
 Row = dict[str, Any]
 
 
-def table(rows: list[Row]) -> str:
-    """A table a model, the fastest last: ours are bold, and * marks rows of another run. All but the first fold."""
+def table(rows: list[Row], again: list[Row]) -> str:
+    """A table a model, the fastest last: ours are bold, a raised number is the later start that a row is of. All but
+    the first fold. `again` holds what later starts ran again, as suite.py keeps it."""
+    bases = {
+        (row["model"], row.get("run")): float(row["step_s"])
+        for row in [*rows, *again]
+        if row["config"] == RATIO_TO
+    }
     first, *others = by_model(rows)
-    lines = _table(*first)
+    lines = _table(*first, bases)
     if others:
         summary = ", ".join(model for model, _ in others)
         lines += ["", f"<details><summary>The same for {summary}</summary>"]
         for model, of_model in others:
-            lines += ["", *_table(model, of_model)]
+            lines += ["", *_table(model, of_model, bases)]
         lines += ["", "</details>"]
     return "\n".join(lines)
 
@@ -49,15 +55,16 @@ def by_model(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     return [(model, of_model) for model, of_model in grouped if of_model]
 
 
-def _table(model: str, rows: list[Row]) -> list[str]:
-    base = next(row["step_s"] for row in rows if row["config"] == RATIO_TO)
+def _table(model: str, rows: list[Row], bases: dict[tuple[str, int | None], float]) -> list[str]:
+    """`bases`: what RATIO_TO took, by model and start; where a start did not run it, the first start's counts."""
     lines = [f"| {model}: {' | '.join(HEADS)} |", f"|{'---|' * len(HEADS)}"]
     for row in rows:
-        who, step = words(row["config"]), f"{row['step_s']:.3f} s"
+        who, step, run = words(row["config"]), f"{row['step_s']:.3f} s", row.get("run")
+        base = bases.get((model, run), bases[model, None])
         if _ours(row):
             who, step = f"**{who}**", f"**{step}**"
         cells = [
-            who + (" *" if "run" in row else ""), step, f"{row['step_s'] / base:.3f}", _parts(row),
+            who + (f" <sup>{run}</sup>" if run else ""), step, f"{row['step_s'] / base:.3f}", _parts(row),
             f"{row['first_s']:.1f} s", f"{row.get('peak_gib', 0):.1f} GiB", _error(row),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")

@@ -4,6 +4,8 @@
     --only WORDS       configurations that hold every word
     --linear           the linears too
     --seconds N        the most a configuration may take (600)
+    --run N            the rows are of start N, on another machine than the file's: those of new configurations say so,
+                       and those the file has stand beside it under `again`, where they say how alike the machines are
     --show             run nothing; print README.md's tables and write the plot beside the file
 
 A forward configuration runs in a process of its own and takes the place of its older row in the file, so a run may be
@@ -56,12 +58,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--linear", action="store_true")
     parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--run", type=int)
     parser.add_argument("--show", action="store_true")
     given = parser.parse_args()
     if not given.show:
         run(given)
     kept = load(given.file)
-    print(table(kept["forward"]))
+    print(table(kept["forward"], kept["again"]))
     given.file.with_suffix(".svg").write_text(plot(kept["forward"]))
 
 
@@ -75,12 +78,13 @@ def run(given: argparse.Namespace) -> None:
                 "--truth", str(Path(tempfile.gettempdir()) / f"truth {model}.pt"), "--profile",
             )  # fmt: skip
             print(f"{model}: {config}", rows, flush=True)
-            keep(given.file, forward=[row for row in rows if "step_s" in row])
+            measured = [row for row in rows if "step_s" in row]
+            keep(given.file, **of_start(given.run, measured, load(given.file)))
     if given.linear:
         rows = called("linear.py", given.seconds)
         print(*rows, sep="\n", flush=True)
-        measured = [row for row in rows if "ms" in row]
-        keep(given.file, linear=measured, ceilings=rows[0].get("ceilings", {}) if rows else {})
+        linears = [row for row in rows if "ms" in row]
+        keep(given.file, linear=linears, ceilings=rows[0].get("ceilings", {}) if rows else {})
 
 
 def called(script: str, seconds: int, *arguments: str) -> list[dict[str, Any]]:
@@ -97,22 +101,41 @@ def called(script: str, seconds: int, *arguments: str) -> list[dict[str, Any]]:
 
 
 def load(file: Path) -> dict[str, Any]:
-    empty: dict[str, Any] = {"forward": [], "linear": [], "ceilings": {}}
+    empty: dict[str, Any] = {"forward": [], "again": [], "linear": [], "ceilings": {}}
     return empty | (json.loads(file.read_text()) if file.exists() else {})
+
+
+def of_start(
+    run: int | None, rows: list[dict[str, Any]], kept: dict[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows by the section they go to; a later start's to `again` where the file has them of another start."""
+    if run is None:
+        return {"forward": rows}
+    of_another = {_name(row) for row in kept["forward"] if row.get("run") != run}
+    marked = [row | {"run": run} for row in rows]
+    return {
+        "forward": [row for row in marked if _name(row) not in of_another],
+        "again": [row for row in marked if _name(row) in of_another],
+    }
 
 
 def keep(file: Path, **sections: Any) -> None:
     """Put rows into the file in the place of older ones of the same configuration."""
     kept = load(file)
-    for name, rows in sections.items():
-        if name == "ceilings":
-            kept[name] = rows
+    for section, rows in sections.items():
+        if section == "ceilings":
+            kept[section] = rows
             continue
-        new = {(row.get("model", row.get("shape")), row["config"]) for row in rows}
-        old = [row for row in kept[name] if (row.get("model", row.get("shape")), row["config"]) not in new]
-        kept[name] = [*old, *rows]
+        names = {_name(row, section) for row in rows}
+        kept[section] = [*(row for row in kept[section] if _name(row, section) not in names), *rows]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def _name(row: dict[str, Any], section: str = "forward") -> tuple[str, ...]:
+    """What a section has one row of; `again` has one a start."""
+    name = str(row.get("model", row.get("shape"))), str(row["config"])
+    return (*name, str(row["run"])) if section == "again" else name
 
 
 if __name__ == "__main__":
