@@ -260,8 +260,8 @@ def test_a_copy_and_a_pickle_run_fused_and_share_nothing(spy: Spy) -> None:
     for other in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin))):
         spy.count = 0
         assert torch.equal(run(other), expected) and spy.count == TINY.layers
-        theirs = {id(block.__dict__[MEMO][0]) for block in other.blocks}
-        assert len(theirs) == 1 and id(twin.blocks[0].__dict__[MEMO][0]) not in theirs
+        theirs = {id(block.__dict__[MEMO].shared) for block in other.blocks}
+        assert len(theirs) == 1 and id(twin.blocks[0].__dict__[MEMO].shared) not in theirs
 
 
 def _hook_norm(model: Any) -> None:

@@ -37,7 +37,7 @@ def test_prompts_are_remembered_by_value() -> None:
     other = torch.randn_like(inputs()["encoder_hidden_states"])
     assert error(run(twin, encoder_hidden_states=other), first) > 1e-4
     assert torch.equal(run(twin), first)
-    shared = twin.blocks[0].__dict__[MEMO][0]
+    shared = twin.blocks[0].__dict__[MEMO].shared
     assert len(shared.prompts) == 2
     assert set(shared.prompts[0].made) == {0}  # block 1's k carries a hook: called each time
     assert len(calls) == 3
@@ -61,7 +61,7 @@ def test_new_weights_forget_what_the_old_ones_made() -> None:
 
 
 def shared_of(model: Any) -> Any:
-    return model.blocks[0].__dict__[MEMO][0]
+    return model.blocks[0].__dict__[MEMO].shared
 
 
 @torch.inference_mode()
