@@ -56,15 +56,17 @@ def by_model(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _table(model: str, rows: list[Row], bases: dict[tuple[str, int | None], float]) -> list[str]:
-    """`bases`: what RATIO_TO took, by model and start; where a start did not run it, the first start's counts."""
+    """`bases`: what RATIO_TO took, by model and start; where a start did not run it, the first start's counts, and
+    where neither did there is no ratio."""
     lines = [f"| {model}: {' | '.join(HEADS)} |", f"|{'---|' * len(HEADS)}"]
     for row in rows:
         who, step, run = words(row["config"]), f"{row['step_s']:.3f} s", row.get("run")
-        base = bases.get((model, run), bases[model, None])
+        base = bases.get((model, run), bases.get((model, None)))
+        ratio = f"{row['step_s'] / base:.3f}" if base else "not measured"
         if _ours(row):
             who, step = f"**{who}**", f"**{step}**"
         cells = [
-            who + (f" <sup>{run}</sup>" if run else ""), step, f"{row['step_s'] / base:.3f}", _parts(row),
+            who + (f" <sup>{run}</sup>" if run else ""), step, ratio, _parts(row),
             f"{row['first_s']:.1f} s", f"{row.get('peak_gib', 0):.1f} GiB", _error(row),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")

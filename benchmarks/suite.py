@@ -61,6 +61,10 @@ def main() -> None:
     parser.add_argument("--run", type=int)
     parser.add_argument("--show", action="store_true")
     given = parser.parse_args()
+    if given.run is not None and given.linear:
+        parser.error(
+            "--run is for forwards: --linear's rows and ceilings are of one machine and would be replaced."
+        )
     if not given.show:
         run(given)
     kept = load(given.file)

@@ -37,3 +37,17 @@ def test_a_ratio_is_to_the_base_of_the_same_start_where_that_ran_it(suite: Any) 
     assert "FA3, compiled <sup>2</sup> | 3.000 s | 0.600 |" in showing.table(rows, [slower])
     assert "FA3, compiled <sup>2</sup> | 3.000 s | 0.750 |" in showing.table(rows, [])
     assert "**ours: FP8, FA3** | **2.000 s** | 0.500 |" in showing.table(rows, [slower])
+
+
+def test_a_file_of_some_configurations_is_shown_without_ratios(suite: Any) -> None:
+    showing = importlib.import_module("showing")
+    assert "| **2.000 s** | not measured |" in showing.table([row(OURS, 2.0)], [])
+
+
+def test_a_later_start_does_not_replace_the_machines_ceilings(
+    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["suite.py", str(tmp_path / "card.json"), "--run", "2", "--linear"])
+    with pytest.raises(SystemExit):
+        suite.main()
+    assert "--run is for forwards" in capsys.readouterr().err
